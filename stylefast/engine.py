@@ -43,6 +43,7 @@ from stylefast.runtime.jobs import Call, Job, StepCallback
 from stylefast.runtime.loras import Lora, Loras
 from stylefast.runtime.memory import MemoryBudget, check_limit, held_bytes, memory_report
 from stylefast.runtime.plan.checks import as_list, check_deadline, check_output, prompts_of
+from stylefast.runtime.plan.control import Control
 from stylefast.runtime.plan.notices import Notices
 from stylefast.runtime.plan.request import ControlLike, LoraStrength, Request, Result, StyleLike
 from stylefast.runtime.runner import Runner
@@ -586,14 +587,25 @@ class Engine:
             "prediction_type": self._components.scheduler_config.get("prediction_type", "epsilon"),
             "loras": self.merged_loras.scales,
         }
+        networks: dict[str, ControlNet | T2IAdapter] = {}
+
+        def named(control: Control) -> Control:
+            network = self.controls.find(control.network)
+            networks[network.name] = network
+            return replace(control, network=network.name)
+
+        # the only network needs no name, but when the call is made again there may be others
+        requests = [replace(one, control=tuple(map(named, one.controls))) if one.controls else one for one in requests]
         entries = metadata(requests, stylefast.__version__, model)
         if loras:
             # of the whole call, which is what is made again
             files = {name: lora.recorded() for name, lora in loras.items()}
             entries = [entry | {"lora_files": files} for entry in entries]
-        networks = [self.controls.find(one.network) for request in requests for one in request.controls]
         if networks:
-            nets = {net.name: {"path": str(net.path) if net.path else None, "sha256": net.digest} for net in networks}
+            nets = {
+                name: {"path": str(net.path) if net.path else None, "sha256": net.digest}
+                for name, net in networks.items()
+            }
             entries = [entry | {"control_nets": nets} for entry in entries]
         return entries
 

@@ -121,8 +121,6 @@ class ControlNet(Encoder):
                     f"no ControlNet at {values.shown_path(path)}; give a folder with config.json and "
                     "diffusion_pytorch_model.safetensors, or a .safetensors file"
                 )
-        if not isinstance(source, nn.Module):
-            _check_class(config, what)
         config = _checked(config, unet, what)
         channels_last(state)
         with torch.device("meta"):
@@ -267,6 +265,9 @@ def _from_file(path: Path, unet: UNet) -> tuple[dict[str, Any], dict[str, Tensor
             f"{values.shown(path.name)} is {recognise(header)}, not a ControlNet in diffusers' layout, whose keys "
             "begin with controlnet_; give one for SDXL"
         )
+    widths = {shape[1] for key, (_, shape) in header.tensors.items() if key.endswith(".attn2.to_k.weight")}
+    for width in widths:
+        _check_same("cross_attention_dim", width, unet.config["cross_attention_dim"], path.name)
     state = load_weights(path, dtype=unet.dtype, device=unet.device)
     prefix = "controlnet_cond_embedding."
     convolutions = sorted(
@@ -304,13 +305,7 @@ def _checked(config: dict[str, Any], unet: UNet, what: str) -> dict[str, Any]:
     for key in ("cross_attention_dim", "in_channels", "block_out_channels", "layers_per_block"):
         # an inpainting model's ControlNets see its latents alone
         wanted = unet.config["out_channels" if key == "in_channels" else key]
-        own = config.get(key, wanted)
-        if _plain(own) != _plain(wanted):
-            hint = " (768 is SD 1.5's)" if own == 768 else " (1024 is SD 2's)" if own == 1024 else ""
-            raise AdapterError(
-                f"{shown} has {key}={values.quoted(own)}{hint}, but the loaded model has {values.quoted(wanted)}; give "
-                "a ControlNet that was trained for this model's family"
-            )
+        _check_same(key, config.get(key, wanted), wanted, what)
     for key, allowed in _DEMANDS.items():
         if config.get(key) not in allowed:
             raise AdapterError(
@@ -351,5 +346,12 @@ def _checked(config: dict[str, Any], unet: UNet, what: str) -> dict[str, Any]:
     return found
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, (list, tuple)) else value
+def _check_same(key: str, own: Any, wanted: Any, what: str) -> None:
+    """Raise AdapterError for a setting that differs from the UNet's."""
+    plain, other = (list(value) if isinstance(value, (list, tuple)) else value for value in (own, wanted))
+    if plain != other:
+        hint = " (768 is SD 1.5's)" if own == 768 else " (1024 is SD 2's)" if own == 1024 else ""
+        raise AdapterError(
+            f"{values.shown(what)} has {key}={values.quoted(own)}{hint}, but the loaded model has "
+            f"{values.quoted(wanted)}; give a ControlNet that was trained for this model's family"
+        )

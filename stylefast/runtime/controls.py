@@ -55,9 +55,11 @@ with engine.controls.add(folder)
         is closed.
         """
         self._check_open()
-        if name is None:
-            name = type(source).__name__ if isinstance(source, torch.nn.Module) else Path(source).stem
-        name = values.text("the name of a ControlNet", name, longest=values.QUOTED, empty=False)
+        path = None if isinstance(source, torch.nn.Module) else values.path("a control network", source)
+        if name is None and path is not None:
+            name = path.name if path.is_dir() else path.stem  # folders' names have dots
+        name = type(source).__name__ if name is None else name
+        name = values.text("the name of a control network", name, longest=values.QUOTED, empty=False)
         self._check_free(name)
         network = (T2IAdapter if is_t2i_adapter(source) else ControlNet).load(source, self._unet, name)
         # a T2I-Adapter's first maps are added one level below the latents
@@ -69,7 +71,7 @@ with engine.controls.add(folder)
             )
         self._budget.check_network(self._unet.device, name, _bytes(network))
         self.prepare(network)
-        network.path = None if isinstance(source, torch.nn.Module) else Path(source).resolve()
+        network.path = None if path is None else path.resolve()
         with self._paused(), self._lock:  # the pause orders the loaded weights before their use on a GPU
             self._check_free(name)
             self._named[name] = network

@@ -392,14 +392,14 @@ def _wanted(body: Mapping[str, Any], service: "Service", owner: str, route: str 
     for name in [*given, *(name for name, _ in tags)]:
         styles.append(fields.known_style("styles", name, served))
     defaults = served.defaults_of(styles)
-    size = number["width"], number["height"]
-    pictured, controls, uploads = _of_scripts(body.get(_SCRIPTS) or {}, served, size)
-    styles, strengths = styles + pictured, strengths + [1.0] * len(pictured)
-    fields.check_count("styles", styles)
     if "steps" in defaults and body.get("steps") is None:
         number["steps"] = defaults["steps"]
     if "size" in defaults and body.get("width") is body.get("height") is None:
         number["width"], number["height"] = defaults["size"]
+    size = number["width"], number["height"]
+    pictured, controls, uploads = _of_scripts(body.get(_SCRIPTS) or {}, served, size)
+    styles, strengths = styles + pictured, strengths + [1.0] * len(pictured)
+    fields.check_count("styles", styles)
     schedule_type = text["scheduler"]
     theirs = {ours: theirs for theirs, ours in service.facts["samplers"].items()}
     sampler = text["sampler_name"] or text["sampler_index"] or theirs.get(defaults.get("scheduler"), "Euler")

@@ -14,11 +14,10 @@ import stylefast as sf
 from stylefast.errors import AdapterError, ImageError, InvalidRequest, ModelNotFound, OutOfMemory
 from stylefast.record import from_record, to_record
 from tests.support.fp64 import Twins, close, measured
-from tests.support.oracle.sampler import make_scheduler
+from tests.support.pipelines import of_kind
 from tests.support.scene import SIZE, apart, learned, small_picture
-from tests.support.small_control import edges, small_control
+from tests.support.small_control import STEPS, edges, small_control, small_control_for, under
 
-STEPS = 4
 LINES = edges(1)
 
 
@@ -43,16 +42,8 @@ def twins(steered, nets):
 
 def theirs(pipe, nets, pictures, scales, scheduler="euler", kind="", **options):
     """Latents of diffusers' ControlNet pipeline."""
-    import diffusers
-
-    names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet")
-    made = getattr(diffusers, f"StableDiffusionXLControlNet{kind}Pipeline")(
-        **{name: getattr(pipe, name) for name in names},
-        controlnet=nets if len(nets) > 1 else nets[0],
-        scheduler=make_scheduler(scheduler, pipe.scheduler.config),
-        add_watermarker=False,
-    )
-    made.set_progress_bar_config(disable=True)
+    networks = nets if len(nets) > 1 else nets[0]
+    made = of_kind(pipe, f"ControlNet{kind}", scheduler, controlnet=networks, add_watermarker=False)
     pictures = pictures if len(nets) > 1 else pictures[0]
     given = {"control_image": pictures} if kind else {"image": pictures}
     return made(
@@ -68,48 +59,41 @@ def theirs(pipe, nets, pictures, scales, scheduler="euler", kind="", **options):
     ).images
 
 
-def ours(engine, *controls, **options):
-    options = {"size": SIZE, "steps": STEPS, "seed": 3, "output": "latents"} | options
-    return engine.generate("a cat", control=list(controls), **options).latents
-
-
 @pytest.mark.parametrize("scheduler", ["euler", "ddim", "dpmpp_2m"])
 def test_one_network_equals_diffusers(pipe, nets, steered, scheduler):
-    found = ours(steered, sf.Control(LINES, "lines", weight=0.7), scheduler=scheduler)
+    found = under(steered, sf.Control(LINES, "lines", weight=0.7), scheduler=scheduler)
     close(found, measured(theirs, pipe, [nets["lines"]], [LINES], [0.7], scheduler))
 
 
 def test_several_networks_add_up_as_in_diffusers(pipe, nets, steered):
-    found = ours(steered, sf.Control(LINES, "lines", weight=0.7), sf.Control(edges(2), "depth", weight=0.4))
+    found = under(steered, sf.Control(LINES, "lines", weight=0.7), sf.Control(edges(2), "depth", weight=0.4))
     close(found, measured(theirs, pipe, list(nets.values()), [LINES, edges(2)], [0.7, 0.4]))
 
 
 def test_the_same_network_reads_two_pictures_of_a_row(pipe, nets, steered):
-    found = ours(steered, sf.Control(LINES, "lines", weight=0.7), sf.Control(edges(2), "lines", weight=0.4))
+    found = under(steered, sf.Control(LINES, "lines", weight=0.7), sf.Control(edges(2), "lines", weight=0.4))
     close(found, measured(theirs, pipe, [nets["lines"]] * 2, [LINES, edges(2)], [0.7, 0.4]))
 
 
 @pytest.mark.parametrize("window", [(0.0, 0.5), (0.25, 0.75), (0.5, 1.0), (0.1, 0.9)])
 def test_a_window_covers_the_steps_that_it_covers_in_diffusers(pipe, nets, steered, window):
-    found = ours(steered, sf.Control(LINES, "lines", window=window))
+    found = under(steered, sf.Control(LINES, "lines", window=window))
     start, end = window
     options = {"control_guidance_start": start, "control_guidance_end": end}
     close(found, measured(lambda pipe, net: theirs(pipe, [net], [LINES], [1.0], **options), pipe, nets["lines"]))
 
 
 def test_guess_mode_equals_diffusers(pipe, nets, steered):
-    found = ours(steered, sf.Control(LINES, "lines", weight=0.8, guess_mode=True))
+    found = under(steered, sf.Control(LINES, "lines", weight=0.8, guess_mode=True))
     guessed = measured(lambda pipe, net: theirs(pipe, [net], [LINES], [0.8], guess_mode=True), pipe, nets["lines"])
     close(found, guessed)
-    apart(found, ours(steered, sf.Control(LINES, "lines", weight=0.8)))
+    apart(found, under(steered, sf.Control(LINES, "lines", weight=0.8)))
 
 
 def test_with_a_picture_to_begin_with_windows_count_the_steps_that_run(pipe, nets, steered):
-    import diffusers  # noqa: F401
-
     picture = small_picture(3).resize(SIZE)
     control = sf.Control(LINES, "lines", weight=0.6, window=(0, 0.5))
-    found = ours(steered, control, image=picture, strength=0.5)
+    found = under(steered, control, image=picture, strength=0.5)
 
     def expected(pipe, net):
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].to(pipe.unet.dtype) / 127.5 - 1
@@ -177,7 +161,7 @@ def test_the_styles_reference_is_steered_by_nothing_its_readers_picture_or_its_o
     first = sf.Request("a star in oil", size=SIZE, steps=STEPS, seed=9, style=leader)
     if steering is not None:
         first = replace(first, control=sf.Control(steering, "lines", weight=0.8))
-    second = replace(request, style=leader)
+    second = replace(request, style=leader, control=replace(control, reference="none"))
     close(found, twins.drawn([first, second])[1:])
 
 
@@ -215,11 +199,11 @@ def test_both_passes_of_an_enlarged_picture_are_steered(steered, monkeypatch):
 
 def test_what_a_picture_is_is_what_it_looks_like(steered):
     """Grey, palette and transparent pictures, and larger ones of the same shape, are read as pictures are elsewhere."""
-    (expected,) = ours(steered, sf.Control(LINES, "lines"))
+    (expected,) = under(steered, sf.Control(LINES, "lines"))
     for same in (LINES.convert("L"), LINES.convert("P"), np.asarray(LINES)):
-        assert torch.equal(ours(steered, sf.Control(same, "lines"))[0], expected)
+        assert torch.equal(under(steered, sf.Control(same, "lines"))[0], expected)
     large = LINES.resize((2 * SIZE[0], 2 * SIZE[1]), Image.Resampling.NEAREST)
-    assert torch.isfinite(ours(steered, sf.Control(large, "lines"))[0]).all()
+    assert torch.isfinite(under(steered, sf.Control(large, "lines"))[0]).all()
 
 
 def test_nothing_is_held_when_all_is_done(pipe, nets):
@@ -227,7 +211,7 @@ def test_nothing_is_held_when_all_is_done(pipe, nets):
     engine.controls.add(nets["lines"], "lines")
     net = weakref.ref(engine.controls["lines"])
     control = sf.Control(LINES, "lines")
-    ours(engine, control)
+    under(engine, control)
     pages = engine.runner.conditions.control_text[net()]
     assert pages.used == 0
     assert engine.memory()["model"]["controls"] == engine.controls.nbytes > 0
@@ -261,9 +245,9 @@ def test_a_network_that_is_removed_stays_for_those_that_use_it(steered, nets, mo
             sf.Request("a cat", size=SIZE, steps=STEPS, seed=3, control=sf.Control(LINES, "gone")), output="latents"
         )
         steered.controls.remove("gone")
-    assert torch.equal(job.result(60).latents[0], ours(steered, sf.Control(LINES, "lines"))[0])
+    assert torch.equal(job.result(60).latents[0], under(steered, sf.Control(LINES, "lines"))[0])
     with pytest.raises(InvalidRequest, match="no ControlNet named 'gone'"):
-        ours(steered, sf.Control(LINES, "gone"))
+        under(steered, sf.Control(LINES, "gone"))
 
 
 def test_compiled_steps_take_control_and_compile_nothing_for_other_rows(pipe, nets):
@@ -286,11 +270,12 @@ def test_compiled_steps_take_control_and_compile_nothing_for_other_rows(pipe, ne
 
 def test_a_record_gives_the_same_control_back(tmp_path):
     LINES.save(tmp_path / "lines.png")
+    style = sf.StyleAligned(prompt="a star")
     controls = [
         sf.Control(tmp_path / "lines.png", "lines", weight=0.5, window=(0.1, 0.9), reference="same"),
         sf.Control(LINES, guess_mode=True, reference=edges(3)),
     ]
-    record = json.loads(json.dumps(to_record([sf.Request("a cat", control=controls)])))
+    record = json.loads(json.dumps(to_record([sf.Request("a cat", style=style, control=controls)])))
     (again,) = from_record(record)
     assert [(c.network, c.weight, c.window, c.guess_mode) for c in again.controls] == [
         ("lines", 0.5, (0.1, 0.9), False),
@@ -338,17 +323,26 @@ def test_what_is_no_control_is_refused(steered, tmp_path):
     with pytest.raises(InvalidRequest, match="9 control pictures; at most 8"):
         sf.Request("a cat", control=[sf.Control(LINES)] * 9)
     with pytest.raises(InvalidRequest, match=r"several ControlNets \(lines, depth\)"):
-        ours(steered, sf.Control(LINES))
+        under(steered, sf.Control(LINES))
     with pytest.raises(InvalidRequest, match="did you mean 'lines'"):
-        ours(steered, sf.Control(LINES, "line"))
+        under(steered, sf.Control(LINES, "line"))
     with pytest.raises(ImageError, match="nowhere.png"):
-        ours(steered, sf.Control(tmp_path / "nowhere.png", "lines"))
+        under(steered, sf.Control(tmp_path / "nowhere.png", "lines"))
     with pytest.raises(InvalidRequest, match="already registered"):
-        steered.controls.add(small_control_of(steered), "lines")
+        steered.controls.add(torch.nn.Linear(1, 1), "lines")
 
 
-def small_control_of(engine):
-    return torch.nn.Linear(1, 1)
+@pytest.mark.parametrize("kind", ["no style", "of the call", "bank", "another method"])
+def test_a_control_of_a_reference_that_does_not_run_is_refused(steered, kind):
+    style = {
+        "no style": lambda: None,
+        "of the call": sf.StyleAligned,
+        "bank": lambda: sf.StyleAligned(steered.bake(sf.StyleAligned(prompt="a star"), steps=2, size=SIZE)),
+        "another method": lambda: sf.DreamStyler(learned()),
+    }[kind]()
+    for reference in ("same", edges(3)):
+        with pytest.raises(InvalidRequest, match="a control says what steers the reference, but"):
+            sf.Request("a cat", steps=2, size=SIZE, style=style, control=sf.Control(LINES, reference=reference))
 
 
 def test_networks_that_do_not_fit_are_refused_by_name(pipe, steered, tmp_path):
@@ -371,15 +365,71 @@ def test_networks_that_do_not_fit_are_refused_by_name(pipe, steered, tmp_path):
         steered.controls.add(ControlNetUnionModel.from_unet(pipe.unet), "n")
 
 
+def test_a_folders_name_is_whole_and_what_is_no_source_is_refused(nets, steered, tmp_path):
+    nets["lines"].save_pretrained(tmp_path / "controlnet-canny-sdxl-1.0")
+    assert steered.controls.add(tmp_path / "controlnet-canny-sdxl-1.0") == "controlnet-canny-sdxl-1.0"
+    steered.controls.remove("controlnet-canny-sdxl-1.0")
+    for wrong in (5, None, [], b"x", "a\0b"):
+        with pytest.raises(InvalidRequest):
+            steered.controls.add(wrong)
+
+
+def test_a_single_file_for_another_family_is_refused_by_its_width(pipe, steered, tmp_path):
+    from diffusers import ControlNetModel
+
+    own = {k: v for k, v in small_control(pipe).config.items() if k[0] != "_"}
+    ControlNetModel(**own | {"cross_attention_dim": 768}).save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(AdapterError, match=r"cross_attention_dim=768 \(768 is SD 1.5's\)"):
+        steered.controls.add(tmp_path / "diffusion_pytorch_model.safetensors")
+
+
+def test_loras_of_the_unet_leave_a_controlnet_as_it_is():
+    """A LoRA of a row under control gives what the same one, merged into the UNet's weights, gives under control."""
+    engine = sf.Engine.from_pretrained("tiny", device="cpu", dtype="float32")
+    engine.controls.add(small_control_for(engine), "lines")
+    engine.loras.add(engine.lora_files()["gold"], "gold")
+    control = sf.Control(edges(2, (64, 64)), "lines")
+    given = {"steps": 2, "seed": 1, "output": "latents"}
+    plain = engine.generate("a cat", control=control, **given).latents[0]
+    requests = [
+        sf.Request("a cat", steps=2, seed=1, control=control, loras={"gold": 0.8}),
+        sf.Request("a cat", steps=2),
+    ]
+    row = engine.generate(requests, output="latents").latents[0]
+    engine.load_lora(engine.lora_files()["gold"], 0.8)
+    merged = engine.generate("a cat", control=control, **given).latents[0]
+    assert (row - merged).abs().max() < 1e-5 * merged.abs().max() < (row - plain).abs().max()
+    engine.close()
+
+
+def test_a_controlnet_and_a_picture_prompt_meet_in_a_row(pipe, nets, adapter_files):
+    engine = sf.Engine.from_pipeline(pipe)
+    engine.load_adapter(adapter_files[0])
+    engine.controls.add(nets["lines"], "lines")
+    control, style = sf.Control(LINES, "lines", weight=0.7), sf.InstantStyle(small_picture(5), blocks="all")
+    given = {"size": SIZE, "steps": STEPS, "seed": 3}
+    requests = [
+        sf.Request("a cat", style=style, control=control, **given),
+        sf.Request("a dog", control=control, **given),
+    ]
+    together = engine.generate(requests, output="latents").latents
+    twins = Twins(engine, adapter_files[0], {"lines": nets["lines"]})
+    for request, latents in zip(requests, together, strict=True):
+        close(latents[None], twins.drawn([request]))
+    apart(together[:1], under(engine, control))
+    engine.close()
+
+
 def test_folders_and_single_files_load(pipe, nets, steered, tmp_path):
     nets["lines"].save_pretrained(tmp_path / "folder")
-    expected = ours(steered, sf.Control(LINES, "lines"))[0]
+    expected = under(steered, sf.Control(LINES, "lines"))[0]
     assert steered.controls.add(tmp_path / "folder") == "folder"
     file = tmp_path / "folder" / "diffusion_pytorch_model.safetensors"
     file.rename(tmp_path / "single.safetensors")
     assert steered.controls.add(tmp_path / "single.safetensors") == "single"
     for name in ("folder", "single"):
-        assert torch.equal(ours(steered, sf.Control(LINES, name))[0], expected)
+        assert torch.equal(under(steered, sf.Control(LINES, name))[0], expected)
         steered.controls.remove(name)
 
 
@@ -400,7 +450,7 @@ def test_networks_of_other_settings_equal_diffusers(pipe, steered, config):
         pixels = np.array(picture)
         pixels[..., 0] = 40
         picture = Image.fromarray(pixels)
-        found = ours(steered, sf.Control(picture, "other", weight=0.5))
+        found = under(steered, sf.Control(picture, "other", weight=0.5))
         close(found, measured(theirs, pipe, [net], [picture], [0.5]))
     finally:
         steered.controls.remove("other")

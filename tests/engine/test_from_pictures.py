@@ -14,7 +14,7 @@ from stylefast.models.repaint import MARGIN
 from stylefast.record import from_record, to_record
 from stylefast.runtime.plan.sample import first_noise, slerp
 from tests.support.fp64 import Twins, close, measured
-from tests.support.oracle.sampler import make_scheduler
+from tests.support.pipelines import of_kind
 from tests.support.scene import SIZE, apart, clean_latents, small_picture
 
 WIDTH, HEIGHT = SIZE
@@ -30,24 +30,11 @@ def blocks() -> np.ndarray:
     return mask
 
 
-def pipeline(pipe, kind, scheduler):
-    """diffusers' pipeline of a kind on the same models."""
-    import diffusers
-
-    names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet")
-    parts = {name: getattr(pipe, name) for name in names}
-    made = getattr(diffusers, f"StableDiffusionXL{kind}Pipeline")(
-        **parts, scheduler=make_scheduler(scheduler, pipe.scheduler.config), add_watermarker=False
-    )
-    made.set_progress_bar_config(disable=True)
-    return made
-
-
 def theirs(pipe, kind, scheduler, strength, seed=3, **options):
     """Latents of diffusers' img2img or inpainting; from the picture's latents, since diffusers draws from the VAE."""
     dtype = pipe.unet.dtype
     noise_free = clean_latents(pipe, PICTURE) if dtype == torch.float32 else clean_in_fp64(pipe)
-    return pipeline(pipe, kind, scheduler)(
+    return of_kind(pipe, kind, scheduler, add_watermarker=False)(
         "a cat",
         image=noise_free.to(dtype),
         strength=strength,

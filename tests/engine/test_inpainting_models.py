@@ -8,7 +8,7 @@ from PIL import Image
 import stylefast as sf
 from stylefast.runtime.backends.compiled import CompileBackend
 from tests.support.fp64 import Twins, close, engine_of, measured
-from tests.support.oracle.sampler import make_scheduler
+from tests.support.pipelines import of_kind
 from tests.support.scene import DEPTHS, SIZE, apart, sharp_pipeline, small_picture
 from tests.support.small_control import edges, small_control
 from tests.support.small_sdxl import small_unet_config
@@ -47,15 +47,7 @@ def inpainting(nine):
 
 def theirs(pipe, scheduler, strength, mask):
     """Latents of diffusers' inpainting pipeline, without draws from the VAE."""
-    from diffusers import StableDiffusionXLInpaintPipeline
-
-    names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet")
-    made = StableDiffusionXLInpaintPipeline(
-        **{name: getattr(pipe, name) for name in names},
-        scheduler=make_scheduler(scheduler, pipe.scheduler.config),
-        add_watermarker=False,
-    )
-    made.set_progress_bar_config(disable=True)
+    made = of_kind(pipe, "Inpaint", scheduler, add_watermarker=False)
     pixels = torch.from_numpy(np.array(PICTURE)).permute(2, 0, 1)[None].to(pipe.unet.dtype) / 127.5 - 1
     with torch.no_grad():
         clean, kept = (
@@ -142,16 +134,12 @@ def test_a_bank_and_an_inverted_reference_work(inpainting):
 
 @pytest.mark.parametrize("form", ["folder", "pipeline for inpainting"])
 def test_it_loads_from_a_folder_and_from_diffusers_own_pipeline_for_inpainting(nine, inpainting, tmp_path, form):
-    from diffusers import StableDiffusionXLInpaintPipeline
-
     given = {"image": PICTURE, "mask": blocks(), "strength": 1.0, "steps": 2, "output": "latents"}
     if form == "folder":
         nine.save_pretrained(tmp_path / "nine")
         engine = sf.Engine.from_pretrained(tmp_path / "nine", dtype="float32", device="cpu", pack_weights=False)
     else:
-        names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
-        parts = {name: getattr(nine, name) for name in names}
-        engine = sf.Engine.from_pipeline(StableDiffusionXLInpaintPipeline(**parts))
+        engine = sf.Engine.from_pipeline(of_kind(nine, "Inpaint", "euler"))
     found, expected = (one.generate("a cat", **given).latents[0] for one in (engine, inpainting))
     assert torch.equal(found, expected)
     engine.close()

@@ -52,8 +52,9 @@ def test_control_pictures_of_a_request_steer_its_picture_and_are_in_its_record(s
     record = json.loads(picture.text["stylefast"])
     (written,) = record["call"]["requests"][0]["control"]
     assert written["network"] == "edges" and "png" in written["image"] and "edges" in record["control_nets"]
-    _, several = generated(server, [{"image": f"data:image/png;base64,{in_text(LINES)}", "reference": "same"}])
-    assert "data" in several, several
+    again = [{"image": f"data:image/png;base64,{in_text(LINES)}", "reference": "same"}]
+    status, reply = generated(server, again, style={"kind": "StyleAligned", "prompt": "a star"})
+    assert status == 200, reply
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,7 @@ def test_control_pictures_of_a_request_steer_its_picture_and_are_in_its_record(s
         ({"image": in_text(LINES), "window": [0.4, 0.5]}, "none of the 3 steps"),
         ({"image": in_text(LINES), "guess_mode": True}, "guess_mode is for ControlNets"),
         ({"image": in_text(LINES), "other": True}, "other"),
+        ({"image": in_text(LINES), "reference": "same"}, "no style that reads a reference"),
         ([{"image": in_text(LINES)}] * 40, "control has 40 pictures"),
     ],
 )

@@ -5,6 +5,8 @@ from PIL import Image, ImageDraw
 
 from tests.support.scene import SIZE
 
+STEPS = 4
+
 
 def small_control(pipe, seed: int = 1, **config):
     """A `ControlNetModel` for a pipeline's UNet; its zero convolutions are not zero."""
@@ -26,6 +28,22 @@ def small_control(pipe, seed: int = 1, **config):
     return network.requires_grad_(False).eval()
 
 
+def small_control_for(engine):
+    """A random `ControlNetModel` of diffusers for an engine, such as the embedded model's."""
+    from diffusers import ControlNetModel
+
+    names = ("block_out_channels", "down_block_types", "layers_per_block", "cross_attention_dim", "norm_num_groups")
+    names += ("transformer_layers_per_block", "attention_head_dim", "use_linear_projection", "addition_embed_type")
+    names += ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
+    config = engine.unet.config
+    torch.manual_seed(0)
+    net = ControlNetModel(**{n: config[n] for n in names}, conditioning_embedding_out_channels=[8, 8, 8])
+    for name, weight in net.named_parameters():
+        if "controlnet_" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    return net.requires_grad_(False).eval()
+
+
 def edges(seed: int = 0, size=SIZE) -> Image.Image:
     """A picture of white lines on black."""
     picture = Image.new("RGB", size)
@@ -33,3 +51,9 @@ def edges(seed: int = 0, size=SIZE) -> Image.Image:
     points = (torch.rand(6, 2, generator=generator) * torch.tensor(size)).tolist()
     ImageDraw.Draw(picture).line([tuple(p) for p in points], fill=(255, 255, 255), width=2)
     return picture
+
+
+def under(engine, *controls, **options):
+    """The latents of a cat under control pictures."""
+    options = {"size": SIZE, "steps": STEPS, "seed": 3, "output": "latents"} | options
+    return engine.generate("a cat", control=list(controls), **options).latents

@@ -25,8 +25,9 @@ class Control:
             (i + 1) / n <= end, as in diffusers.
         guess_mode: the prompt's branch alone is steered, and the finer feature maps less, so that the picture decides
             more than the prompt.
-        reference: what steers the style's reference, if the request has one: "none", the "same" picture, or a picture
-            of its own.
+        reference: what steers the reference of the request's style: "none", the "same" picture, or a picture of its
+            own. Refused where there is no reference that runs with the request: without a style that reads one, with
+            the call's first picture as the reference, and with a bank of finished pages.
 
     Raises InvalidRequest for values out of range, ImageError for what is no picture.
 
@@ -59,10 +60,15 @@ class Control:
 
     def of_reference(self) -> "Control | None":
         """Return what steers the reference of a request; None: nothing does."""
-        if isinstance(self.reference, str) and self.reference == NONE:
+        if not self.steers_reference:
             return None
         image = self.image if isinstance(self.reference, str) and self.reference == SAME else self.reference
         return replace(self, image=image, reference=NONE)
+
+    @property
+    def steers_reference(self) -> bool:
+        """Return whether it says that something steers the reference."""
+        return not (isinstance(self.reference, str) and self.reference == NONE)
 
     def active(self, step: int, steps: int) -> bool:
         """Return whether step `step` of the `steps` that run lies in the window, and the weight is not 0."""

@@ -153,6 +153,7 @@ class Request:
         self._check_effects(checked)
         begin = first_step(checked["steps"], checked["strength"]) if self.image is not None else 0
         checked["control"] = normalise_controls(self.control, checked["steps"] - begin)
+        self._check_steered(checked)
         slots = [slot for style in checked["style"] for slot in style.placeholders]
         for name in ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2"):
             prompt_syntax.check(name, checked.get(name, ""), checked["prompt_syntax"], slots)
@@ -193,6 +194,21 @@ class Request:
                     f"{name} is {values.quoted(checked[name])}, which has no effect without {needed}; give that too, "
                     f"or leave {name} out"
                 )
+
+    def _check_steered(self, checked: Mapping[str, Any]) -> None:
+        """Raise InvalidRequest for controls of a reference that does not run with the request."""
+        if not any(control.steers_reference for control in checked["control"]):
+            return
+        reads = next((style.reads for style in checked["style"] if isinstance(style, ReferenceStyle)), None)
+        if reads is None:
+            why = "the request has no style that reads a reference"
+        elif reads.of_call:
+            why = "the style's reference is the call's first picture, whose own request says what steers it"
+        elif reads.bank is not None and reads.bank.info.store != "latents":
+            why = "the pages of the style's bank are finished"
+        else:
+            return
+        raise InvalidRequest(f"a control says what steers the reference, but {why}; leave the control's reference out")
 
     def from_noise(self) -> "Request":
         """Return the request without its own pictures and variation, as its references are made."""
