@@ -13,8 +13,9 @@ from typing import Any
 
 from PIL import Image, ImageChops
 
+from stylefast.commands.control_options import check_controls
 from stylefast.commands.files import read_metadata
-from stylefast.commands.generate import check_controls, check_loras, check_schedules, destination_of, load, make, save
+from stylefast.commands.generate import check_loras, check_schedules, destination_of, load, make, save
 from stylefast.commands.model_options import (
     DEFAULT_MODEL,
     PATHS,

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from stylefast import values
-from stylefast.commands.generate import check_controls, check_schedules, destination_of, load, make, requests_of, save
+from stylefast.commands.control_options import check_controls
+from stylefast.commands.generate import check_schedules, destination_of, load, make, requests_of, save
 from stylefast.commands.model_options import Lora, ModelChoice
 from stylefast.commands.notices import warn
 from stylefast.errors import InvalidRequest, ModelError, PromptError

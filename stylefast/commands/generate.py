@@ -1,25 +1,16 @@
 """`stylefast generate`: write PNG files from prompts, a request file, or the call recorded in a picture."""
 
 import argparse
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stylefast.commands.model_options import (
-    ControlFile,
-    Lora,
-    ModelChoice,
-    add_control_net,
-    add_model_arguments,
-    flag,
-    found_lora,
-    split_numbers,
-)
+from stylefast.commands.control_options import add_control_arguments, check_controls, controls_of, parse_interval
+from stylefast.commands.model_options import ControlFile, Lora, ModelChoice, add_model_arguments, found_lora
 from stylefast.errors import InvalidRequest
-from stylefast.values import did_you_mean, listed, quoted, shown, shown_path, typed_path
+from stylefast.values import did_you_mean, listed, quoted, shown, shown_path
 
 if TYPE_CHECKING:
     from stylefast.commands.files import Destination
@@ -91,7 +82,6 @@ dpmpp_2m_sde, dpmpp_2m_sde_karras, dpmpp_2m_sde_exponential, dpmpp_3m, dpmpp_3m_
 dpmpp_3m_sde, dpmpp_3m_sde_karras, dpmpp_3m_sde_exponential, dpmpp_sde, dpmpp_sde_karras, dpmpp_sde_exponential,
 unipc, unipc_karras, unipc_exponential, lcm, tcd, or for few-step models: sdxl_turbo, sdxl_lightning,
 sdxl_lightning_1step, hyper_sd, hyper_sd_unified, hyper_sd_1step_unet, dmd2, dmd2_1step"""
-_INTERVAL = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*-\s*(\d+\.?\d*|\.\d+)\s*")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -185,29 +175,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group("--variation-seed", type=int, metavar="N", help="seed of a noise that pictures are varied towards")
     group("--variation-strength", type=float, help="how far, 0 to 1 (default: 0, or 0.1 with --variation-seed)")
 
-    group = parser.add_argument_group("control pictures").add_argument
-    group(
-        "--control",
-        action="append",
-        metavar="[NAME=]PICTURE[:WEIGHT]",
-        help=(
-            "a picture, such as edges or depth, that a control network follows, at this weight (default: 1); NAME is "
-            "the network's, if there are several; may be repeated"
-        ),
-    )
-    group("--control-window", metavar="A-B", help="fractions of the steps in which they act (default: 0-1)")
-    group(
-        "--guess-mode",
-        action="store_true",
-        default=None,
-        help="let the control pictures decide more than the prompt; for ControlNets",
-    )
-    group(
-        "--control-reference",
-        metavar="none|same|PICTURE",
-        help="what steers the style's reference: nothing, the same pictures, or one of its own (default: none)",
-    )
-    add_control_net(group)
+    add_control_arguments(parser.add_argument_group("control pictures").add_argument)
 
     group = parser.add_argument_group("style").add_argument
     group(
@@ -398,68 +366,13 @@ def requests_of(
     if arguments.guidance_interval is not None:
         given["guidance_interval"] = parse_interval(arguments.guidance_interval)
     given |= _picture_settings(arguments, model_folder)
-    control = _controls(arguments, model_folder)
+    control = controls_of(arguments, model_folder)
     if control:
         given["control"] = control
     settings = with_preset_guidance({**(usual or {}), **bank_settings(styles, given), **given})
     prompts = [prompt for prompt in arguments.prompts for _ in range(_count(arguments))]
     numbered = zip(prompts, seeds("--seed", arguments.seed or 0, len(prompts)), strict=True)
     return [Request(prompt, seed=seed, style=styles, loras=loras, **settings) for prompt, seed in numbered]
-
-
-def _controls(arguments: argparse.Namespace, model_folder: Path) -> list:
-    """Return the control pictures. Raises InvalidRequest and ImageError."""
-    from stylefast.record_values import find_picture
-    from stylefast.runtime.plan.control import NONE, SAME, Control
-
-    shared: dict[str, Any] = {}
-    if arguments.control_window is not None:
-        shared["window"] = parse_interval(arguments.control_window, "--control-window")
-    if arguments.guess_mode is not None:
-        shared["guess_mode"] = True
-    if arguments.control_reference is not None:
-        given = arguments.control_reference
-        shared["reference"] = given if given in (NONE, SAME) else find_picture(given, model_folder)
-    if arguments.control is None:
-        for name in ("control_window", "guess_mode", "control_reference"):
-            if getattr(arguments, name) is not None:
-                raise InvalidRequest(f"{flag(name)} says how a control picture acts; give it as --control")
-        return []
-    found = []
-    for text in arguments.control:
-        path, weights = split_numbers("--control", text, 1)
-        name, mark, rest = path.partition("=")
-        named = mark and name and not {"/", "\\"} & set(name) and not typed_path("--control", path).exists()
-        picture = find_picture(rest if named else path, model_folder)
-        weight = weights[0] if weights else 1.0
-        found.append(Control(picture, name if named else None, weight, **shared))
-    return found
-
-
-def check_controls(requests: Sequence, names: Sequence[str]) -> None:
-    """Raise InvalidRequest for control pictures without a network, and for networks that none uses."""
-    controls = [control for request in requests for control in request.controls]
-    for control in controls:
-        if not names:
-            raise InvalidRequest(
-                "a control picture needs the network that reads it; give it with --control-net FOLDER, or in a request "
-                'file as "controls": {"lines": "folder"}'
-            )
-        if control.network is None and len(names) > 1:
-            raise InvalidRequest(
-                f"there are several control networks ({listed(names)}); name one: --control NAME=PICTURE"
-            )
-        if control.network is not None and control.network not in names:
-            raise InvalidRequest(
-                f"no control network is called {quoted(control.network)}; there are: {listed(names)}"
-                f"{did_you_mean(control.network, names)}. Give it with --control-net {quoted(control.network)}=FOLDER"
-            )
-    used = {control.network or names[0] for control in controls}
-    unused = [name for name in names if name not in used]
-    if unused:
-        raise InvalidRequest(
-            f"no control picture is for the network {quoted(unused[0])}; drop its --control-net, or give --control"
-        )
 
 
 def _picture_settings(arguments: argparse.Namespace, model_folder: Path) -> dict:
@@ -517,14 +430,6 @@ def with_preset_guidance(settings: dict) -> dict:
 
     preset = FEW_STEP_PRESETS.get(settings.get("scheduler", ""))
     return settings if preset is None else {"guidance": preset.guidance} | settings
-
-
-def parse_interval(text: str, option: str = "--guidance-interval") -> tuple[float, float]:
-    """Return (0.0, 0.8) for "0-0.8". Raises InvalidRequest."""
-    match = _INTERVAL.fullmatch(text)
-    if match is None:
-        raise InvalidRequest(f"{option} is {quoted(text)}; give two fractions of the steps, such as 0-0.8")
-    return float(match[1]), float(match[2])
 
 
 def read_requests(file: Path, model_folder: Path) -> tuple[list, tuple[Lora, ...], tuple[ControlFile, ...]]:

@@ -3,7 +3,7 @@
 import argparse
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -87,10 +87,8 @@ class Lora:
         shipped: LoRAs that come with the model, whose names stand for their files.
         """
         path, scales = split_numbers("--lora", text, 2)
-        name, mark, rest = path.partition("=")
-        named = mark and name and not {"/", "\\"} & set(name) and not typed_path("--lora", path).exists()
-        found = found_lora("--lora", rest if named else path, shipped)
-        return cls(found, *scales, own_name=name if named else None, stated=bool(scales))
+        name, path = named_part("--lora", path)
+        return cls(found_lora("--lora", path, shipped), *scales, own_name=name, stated=bool(scales))
 
     @property
     def name(self) -> str:
@@ -144,9 +142,8 @@ class ControlFile:
     @classmethod
     def of(cls, text: str, shipped: Mapping[str, Path]) -> "ControlFile":
         """Parse "[NAME=]PATH"; shipped: networks that come with the model. Raises InvalidRequest for a missing file."""
-        name, mark, rest = text.partition("=")
-        named = mark and name and not {"/", "\\"} & set(name) and not typed_path("--control-net", text).exists()
-        return cls(found_lora("--control-net", rest if named else text, shipped), name if named else None)
+        name, path = named_part("--control-net", text)
+        return cls(found_lora("--control-net", path, shipped), name)
 
     @property
     def name(self) -> str:
@@ -158,22 +155,26 @@ class ControlFile:
         return self.path if self.name == _name_of(self.path) else f"{self.name}={self.path}"
 
 
-def add_control_net(group: Callable[..., Any]) -> None:
-    """Add the option for control networks, with `group`, an `add_argument`."""
-    group(
-        "--control-net",
-        action="append",
-        metavar="[NAME=]PATH",
-        help=(
-            "a ControlNet or T2I-Adapter for SDXL that control pictures can use: a folder, a .safetensors file, or the "
-            "name of one that comes with the model; may be repeated"
-        ),
-    )
-
-
 def _name_of(path: str) -> str:
     # a folder's name may have dots
     return Path(path).name if Path(path).is_dir() else Path(path).stem
+
+
+def _check_once(option: str, what: str, names: Sequence[str]) -> None:
+    """Raise InvalidRequest for a name that two files share, since requests know them by it."""
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InvalidRequest(
+            f"{option} names two files called {quoted(twice)}, and requests know {what} by that name; give it once, or "
+            f"name one of them: {option} NAME=FILE"
+        )
+
+
+def named_part(option: str, text: str) -> tuple[str | None, str]:
+    """Return the name before "=", if there is one and no file of the whole name, and the path."""
+    name, mark, rest = text.partition("=")
+    named = mark and name and not {"/", "\\"} & set(name) and not typed_path(option, text).exists()
+    return (name, rest) if named else (None, text)
 
 
 def split_numbers(option: str, text: str, most: int) -> tuple[str, list[float]]:
@@ -256,20 +257,8 @@ class ModelChoice:
                 f"the graphs that --backend {backend} exports by itself have no inputs for LoRAs; export the model "
                 "with --lora-rank and give the folder as --engines, or use --backend torch"
             )
-        names = [lora.name for lora in self.row_lora]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise InvalidRequest(
-                f"--lora names two files called {quoted(twice)}, and requests know LoRAs by that name; give it once, "
-                "or name one of them: --lora NAME=FILE"
-            )
-        names = [net.name for net in self.control_net]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise InvalidRequest(
-                f"--control-net names two networks called {quoted(twice)}; give it once, or name one of them: "
-                "--control-net NAME=PATH"
-            )
+        _check_once("--lora", "LoRAs", [lora.name for lora in self.row_lora])
+        _check_once("--control-net", "control networks", [net.name for net in self.control_net])
         if self.control_net and backend in EXPORTED:
             raise InvalidRequest(
                 f"--backend {backend} does not run control networks; use --backend torch or compile with --control-net"

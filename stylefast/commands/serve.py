@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from stylefast.commands.model_options import ModelChoice, add_control_net, add_model_arguments
+from stylefast.commands.control_options import add_control_net
+from stylefast.commands.model_options import ModelChoice, add_model_arguments
 from stylefast.errors import MissingDependency
 
 if TYPE_CHECKING:

@@ -3,13 +3,12 @@
 import json
 
 import pytest
-import torch
 from PIL import Image, PngImagePlugin
 
 import stylefast as sf
 from stylefast.cli import main
 from stylefast.record_values import shipped
-from tests.support.small_control import edges
+from tests.support.small_control import edges, small_control_for
 
 SIZE = (64, 64)
 
@@ -17,19 +16,9 @@ SIZE = (64, 64)
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A random ControlNet for the embedded model, and two drawings."""
-    from diffusers import ControlNetModel
-
     folder = tmp_path_factory.mktemp("control")
-    config = sf.Engine.from_pretrained("tiny", dtype="float32", device="cpu").unet.config
-    names = ("block_out_channels", "down_block_types", "layers_per_block", "cross_attention_dim", "norm_num_groups")
-    names += ("transformer_layers_per_block", "attention_head_dim", "use_linear_projection", "addition_embed_type")
-    names += ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
-    torch.manual_seed(0)
-    net = ControlNetModel(**{n: config[n] for n in names}, conditioning_embedding_out_channels=[8, 8, 8])
-    for name, weight in net.named_parameters():
-        if "controlnet_" in name:
-            torch.nn.init.normal_(weight, std=0.05)
-    net.save_pretrained(folder / "lines")
+    engine = sf.Engine.from_pretrained("tiny", dtype="float32", device="cpu")
+    small_control_for(engine).save_pretrained(folder / "lines")
     for i in (1, 2):
         edges(i, SIZE).save(folder / f"edges-{i}.png")
     return folder
