@@ -185,9 +185,11 @@ def assert_as_near_as_pytorch(found, composed, exact, logits=0.0, ulps=4, size=N
 
 
 def doubled(value):
-    """Halves and floats in double precision, in tuples too; fp8 and integers as they are."""
+    """Halves and floats in double precision, in tuples and lists too; fp8 and integers as they are."""
     if isinstance(value, torch.Tensor):
         return value.double() if value.dtype in FLOATS else value
+    if isinstance(value, list):
+        return [doubled(x) for x in value]
     if isinstance(value, tuple):
         return type(value)(*map(doubled, value)) if hasattr(value, "_fields") else tuple(map(doubled, value))
     return value

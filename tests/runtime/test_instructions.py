@@ -13,6 +13,9 @@ INSTRUCTIONS = {
     "a (fish:1.2)": "(fish:1.2)",
     "a (fish:1.0), ((red:.5))": "(fish:1.0)",
     "a [fish:0.8]": "[fish:0.8]",
+    "a (fish:NaN)": "(fish:NaN)",
+    "a (fish: -inf), red": "(fish: -inf)",
+    "a (fish:1e999)": "(fish:1e999)",
     "(a fish, in a bowl: 1.3 )": "(a fish, in a bowl: 1.3 )",
     "fish <lora:water color:0.8>": "<lora:water color:0.8>",
     "<LyCO:x:1:lbw=ALL> fish": "<LyCO:x:1:lbw=ALL>",
@@ -54,6 +57,8 @@ PROSE = [
     "rock'n'roll & jazz | blues",
     "time: 5",
     "(note: red)",
+    "(bread: naan)",
+    "(notes: info)",
     "(one) 2 cats",
 ]
 
@@ -99,6 +104,7 @@ def test_a_request_gets_one_warning_that_quotes_what_it_holds(said):
 @pytest.mark.parametrize(
     ("syntax", "text", "parts"),
     [
+        ("compel", "a (fish:nan)", ("'(fish:nan)' (a weight)", "(x)1.3")),
         ("compel", "a (fish:1.3)", ("'(fish:1.3)' (a weight)", "with prompt_syntax='compel' it", "(x)1.3", "a1111")),
         ("compel", "a fish BREAK a __color__ cat", ("'BREAK' (a keyword)", "'__color__' (a wildcard)")),
         ("a1111", "a (fish)1.3, cat++", ("')1.3' (a weight)", "'cat++' (a weight)", "with prompt_syntax='a1111' it")),

@@ -12,6 +12,7 @@ logger = logging.getLogger(__name__)
 
 # escaped characters are literal in other programs too
 _ESCAPED = re.compile(r"\\[\\()\[\]{}<>:|]")
+_NO_NUMBER = r"\s*[-+]?(?:nan|inf(?:inity)?|[\d.]++e[-+]?\d++)\s*"
 _NUMBER = r"\s*[-+]?(?:\d++(?:\.\d*+)?|\.\d++)\s*"
 # (name, pattern, alternative in stylefast or "", the syntax that understands it or ""); prompts may be long, so each
 # reads its text once
@@ -22,7 +23,7 @@ _INSTRUCTIONS = (
         "name LoRAs in the request's loras, or with --lora",
         "",
     ),
-    ("a weight", re.compile(rf"[(\[][^()\[\]]*:{_NUMBER}[)\]]"), "", "a1111"),
+    ("a weight", re.compile(rf"[(\[][^()\[\]]*:(?:{_NUMBER}|{_NO_NUMBER})[)\]]", re.IGNORECASE), "", "a1111"),
     ("a weight", re.compile(rf"\S::{_NUMBER}(?=\s|,|$)"), "", ""),
     (
         "a weight",
