@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from stylefast import values
 from stylefast.errors import AdapterError, ModelFormatError, ModelNotFound
 from stylefast.models.config_files import build, config_of, read_config
+from stylefast.models.control_union import CLASSES as UNIONS
+from stylefast.models.control_union import Union, refuse_mode, split
 from stylefast.models.digests import sampled_digest
 from stylefast.models.hub import present
 from stylefast.models.layout import AttentionLayout, check_architecture
@@ -36,8 +38,6 @@ if TYPE_CHECKING:  # built on this file
 
 # what a file holds that is a control network of another kind: a part of a key's name -> what it is
 _OTHERS = {
-    "task_embedding": "a union ControlNet (ControlNetUnionModel)",
-    "control_add_embedding.": "a union ControlNet (ControlNetUnionModel)",
     "lora_controlnet": "a Control-LoRA",
     "adapter.body.": "a T2I-Adapter",
     "body.0.": "a T2I-Adapter",
@@ -82,7 +82,8 @@ class ConditioningEmbedding(nn.Module):
 class ControlNet(Encoder):
     """A ControlNet for SDXL's family, created by `ControlNet.load`.
 
-    `name`; `digest` identifies its weights; `downscale` is how many pixels of a control picture make one latent.
+    `name`; `digest` identifies its weights; `downscale` is how many pixels of a control picture make one latent;
+    `union` is set if it reads pictures of several types.
     """
 
     def __init__(self, config: dict, name: str = "", digest: str = ""):
@@ -95,11 +96,12 @@ class ControlNet(Encoder):
         self.controlnet_cond_embedding = ConditioningEmbedding(widths, channels[0])
         self.controlnet_down_blocks = list_of(Conv2d(width, width, 1) for width in self.skip_channels)
         self.controlnet_mid_block = Conv2d(channels[-1], channels[-1], 1)
+        self.union = Union(config) if "num_control_type" in config else None
         self._number_norms()
 
     @classmethod
     def load(cls, source: "str | Path | nn.Module", unet: UNet, name: str = "") -> "ControlNet":
-        """Load a network for `unet`: a diffusers folder, a `.safetensors` file, or a diffusers `ControlNetModel`.
+        """Load a network for `unet`: a diffusers folder, a `.safetensors` file, or diffusers' module.
 
         A file without a config is taken to be a copy of the UNet's first half.
         Raises ModelNotFound, ModelFormatError for what can't be read, and AdapterError for networks of another kind or
@@ -121,6 +123,7 @@ class ControlNet(Encoder):
                     f"no ControlNet at {values.shown_path(path)}; give a folder with config.json and "
                     "diffusion_pytorch_model.safetensors, or a .safetensors file"
                 )
+        config, state = split(config, state, unet.config["block_out_channels"][0], what)
         config = _checked(config, unet, what)
         channels_last(state)
         with torch.device("meta"):
@@ -128,7 +131,7 @@ class ControlNet(Encoder):
         try:
             net.load_state_dict(state, assign=True)
         except RuntimeError as error:
-            detail = " ".join(str(error).splitlines()[:3])[:600]
+            detail = " ".join(str(error).replace('"union.', '"').splitlines()[:3])[:600]
             raise ModelFormatError(f"the weights of {values.shown(what)} don't fit its config: {detail}") from error
         return net.requires_grad_(False).eval()
 
@@ -145,11 +148,21 @@ class ControlNet(Encoder):
         return len(self.skip_channels) + 1
 
     @torch.inference_mode()
-    def embed_picture(self, picture: Tensor) -> tuple[Tensor]:
-        """Embed a control picture [3, height, width] in [0, 1] as one map [channels, h, w], for every step."""
+    def embed_picture(
+        self, picture: Tensor, mode: str | int | None = None, weight: float | None = None
+    ) -> tuple[Tensor]:
+        """Embed a control picture [3, height, width] in [0, 1] as one map [channels, h, w], for every step.
+
+        mode: its type, for a union. weight: among several pictures of a union; None: it is alone.
+        """
         if self.config.get("controlnet_conditioning_channel_order") == "bgr":
             picture = picture.flip(0)
-        return (self.controlnet_cond_embedding(picture[None].to(self.device, self.dtype))[0],)
+        embedded = self.controlnet_cond_embedding(picture[None].to(self.device, self.dtype))[0]
+        return (embedded if self.union is None else self.union.place(embedded, self.mode_number(mode), weight),)
+
+    def mode_number(self, mode: str | int | None) -> int:
+        """Return the number of a picture's type, -1 without types. Raises InvalidRequest for types that it lacks."""
+        return refuse_mode(mode, self.name) if self.union is None else self.union.number(mode, self.name)
 
     @property
     def pools(self) -> bool:
@@ -193,6 +206,8 @@ class ControlNet(Encoder):
         """Return what is added to the rows of `control`, of those in the batch, before any weight."""
         at, (pictures,) = control.rows, control.pictures
         embedding = self.embed(timesteps[at], pooled[at], time_ids[at])
+        if control.types is not None:
+            embedding = embedding + control.types
         return self(latents[at], embedding, pictures, control.text_kv, control.text_page, control.text_lengths)
 
 
@@ -206,6 +221,7 @@ class ControlRows(NamedTuple):
     text_kv: tuple[KeyValue, ...]
     text_page: Tensor  # [n] int64: pages of `text_kv`
     text_lengths: Tensor | None = None  # per page
+    types: Tensor | None = None  # [n, time channels]: what a union adds to the time embedding
 
 
 def map_weights(maps: int, weight: float, guess_mode: bool) -> list[float]:
@@ -283,19 +299,20 @@ def _from_file(path: Path, unet: UNet) -> tuple[dict[str, Any], dict[str, Tensor
 def _check_class(config: Mapping[str, Any], what: str) -> None:
     """Raise AdapterError for a model of another class."""
     kind = config.get("_class_name", "ControlNetModel")
-    if kind != "ControlNetModel":
-        known = {"ControlNetUnionModel": _OTHERS["task_embedding"], "T2IAdapter": _OTHERS["body.0."]}
+    if kind not in ("ControlNetModel", *UNIONS):
+        known = {"T2IAdapter": _OTHERS["body.0."]}
         raise AdapterError(
             f"{values.shown(what)} is {known.get(str(kind), f'a {values.quoted(kind)}')}, which is not supported; give "
-            "a ControlNet (ControlNetModel) for SDXL"
+            "a ControlNet (ControlNetModel or ControlNetUnionModel) for SDXL"
         )
 
 
 def _check_keys(state: Mapping[str, Any], what: str) -> None:
     for part, kind in _OTHERS.items():
-        if any(part in key if part.startswith(("task", "lora")) else key.startswith(part) for key in state):
+        if any(part in key if part.startswith("lora") else key.startswith(part) for key in state):
             raise AdapterError(
-                f"{values.shown(what)} is {kind}, which is not supported; give a ControlNet (ControlNetModel) for SDXL"
+                f"{values.shown(what)} is {kind}, which is not supported; give a ControlNet (ControlNetModel or "
+                "ControlNetUnionModel) for SDXL"
             )
 
 

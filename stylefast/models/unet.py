@@ -318,11 +318,11 @@ class Encoder(nn.Module):
     def embed(self, timesteps: Tensor, pooled: Tensor, time_ids: Tensor, loras: StepLoras | None = None) -> Tensor:
         """Embed timesteps [rows], pooled text [rows, d] and time ids [rows, 6] as [rows, time channels]."""
         flip, shift = self.config.get("flip_sin_to_cos", True), self.config.get("freq_shift", 0)
-        time = _sinusoids(timesteps, self.config["block_out_channels"][0], flip, shift)
+        time = sinusoids(timesteps, self.config["block_out_channels"][0], flip, shift)
         embedded = self.time_embedding(time.to(self.dtype), loras)
         if self.add_embedding is None:
             return embedded
-        ids = _sinusoids(time_ids.flatten(), self.config["addition_time_embed_dim"], flip, shift)
+        ids = sinusoids(time_ids.flatten(), self.config["addition_time_embed_dim"], flip, shift)
         added = torch.cat([pooled.to(self.dtype), ids.view(pooled.shape[0], -1).to(self.dtype)], dim=-1)
         return embedded + self.add_embedding(added, loras)
 
@@ -450,7 +450,7 @@ def _split(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1))
 
 
-def _sinusoids(values: Tensor, channels: int, flip_sin_to_cos: bool, shift: float) -> Tensor:
+def sinusoids(values: Tensor, channels: int, flip_sin_to_cos: bool, shift: float) -> Tensor:
     """Return the sinusoidal embedding of values [n]: [n, channels], fp32."""
     half = channels // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=values.device).float() / (half - shift))

@@ -48,7 +48,8 @@ with engine.controls.add(folder)
     def add(self, source: "str | Path | torch.nn.Module", name: str | None = None) -> str:
         """Load a ControlNet or T2I-Adapter for SDXL; return its name, by default the file's or the folder's.
 
-        source: a diffusers folder, a `.safetensors` file, or a diffusers `ControlNetModel` or `T2IAdapter`.
+        source: a diffusers folder, a `.safetensors` file, or a diffusers `ControlNetModel`, `ControlNetUnionModel` or
+            `T2IAdapter`.
 
         Raises ModelNotFound and ModelFormatError for what can't be read, AdapterError for networks that don't fit the
         model, OutOfMemory beyond `memory_limit`, InvalidRequest for a name that is taken, EngineClosed once the engine

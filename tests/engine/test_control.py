@@ -346,7 +346,7 @@ def test_a_control_of_a_reference_that_does_not_run_is_refused(steered, kind):
 
 
 def test_networks_that_do_not_fit_are_refused_by_name(pipe, steered, tmp_path):
-    from diffusers import ControlNetModel, ControlNetUnionModel
+    from diffusers import ControlNetModel
 
     with pytest.raises(ModelNotFound, match="no ControlNet at"):
         steered.controls.add(tmp_path / "nothing", "n")
@@ -361,8 +361,6 @@ def test_networks_that_do_not_fit_are_refused_by_name(pipe, steered, tmp_path):
         steered.controls.add(ControlNetModel(**own | {"conditioning_channels": 1}), "n")
     with pytest.raises(AdapterError, match="divides a picture's sides by 8, but this model's VAE needs one .* by 4"):
         steered.controls.add(ControlNetModel(**own | {"conditioning_embedding_out_channels": [4, 4, 4, 4]}), "n")
-    with pytest.raises(AdapterError, match="union ControlNet"):
-        steered.controls.add(ControlNetUnionModel.from_unet(pipe.unet), "n")
 
 
 def test_a_folders_name_is_whole_and_what_is_no_source_is_refused(nets, steered, tmp_path):

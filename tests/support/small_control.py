@@ -20,10 +20,26 @@ def small_control(pipe, seed: int = 1, **config):
             network = ControlNetModel(**{k: v for k, v in network.config.items() if k[0] != "_"} | config)
     else:
         network = ControlNetModel(conditioning_embedding_out_channels=widths, **config)
+    return _with_weights(network, seed)
+
+
+def small_union(pipe, seed: int = 5, types: int = 6, **config):
+    """A `ControlNetUnionModel` for a pipeline's UNet, of two blocks, that reads pictures of some types."""
+    from diffusers import ControlNetUnionModel
+
+    own = {key: x for key, x in small_control(pipe).config.items() if key[0] != "_" and key != "mid_block_type"}
+    channels = own["block_out_channels"][0]
+    own |= {"num_control_type": types, "num_trans_channel": channels, "num_proj_channel": channels}
+    own |= {"num_trans_layer": 2, "num_trans_head": 4}
+    torch.manual_seed(seed)
+    return _with_weights(ControlNetUnionModel(**own | config), seed)
+
+
+def _with_weights(network, seed: int):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in network.named_parameters():
-            if "controlnet_" in name:
+            if "controlnet_" in name or "spatial_ch_projs" in name:
                 weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
     return network.requires_grad_(False).eval()
 
