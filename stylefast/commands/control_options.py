@@ -24,6 +24,15 @@ def add_control_arguments(group: Callable[..., Any]) -> None:
             "the network's, if there are several; may be repeated"
         ),
     )
+    group(
+        "--control-mode",
+        action="append",
+        metavar="TYPE",
+        help=(
+            "the type of a picture that a union network reads, as a name or number: canny, depth, openpose ...; one "
+            "for all pictures, or one for each, in their order"
+        ),
+    )
     group("--control-window", metavar="A-B", help="fractions of the steps in which they act (default: 0-1)")
     group(
         "--guess-mode",
@@ -66,18 +75,29 @@ def controls_of(arguments: argparse.Namespace, model_folder: Path) -> list:
         given = arguments.control_reference
         shared["reference"] = given if given in (NONE, SAME) else find_picture(given, model_folder)
     if arguments.control is None:
-        for name in ("control_window", "guess_mode", "control_reference"):
+        for name in ("control_mode", "control_window", "guess_mode", "control_reference"):
             if getattr(arguments, name) is not None:
                 raise InvalidRequest(f"{flag(name)} says how a control picture acts; give it as --control")
         return []
-    found = []
-    for text in arguments.control:
+    found, modes = [], _modes(arguments.control_mode, len(arguments.control))
+    for text, mode in zip(arguments.control, modes, strict=True):
         text, weights = split_numbers("--control", text, 1)
         name, path = named_part("--control", text)
         picture = find_picture(path, model_folder)
         weight = weights[0] if weights else 1.0
-        found.append(Control(picture, name, weight, **shared))
+        found.append(Control(picture, name, weight, mode=mode, **shared))
     return found
+
+
+def _modes(given: Sequence[str] | None, pictures: int) -> list[str | int | None]:
+    """Return the type of each control picture, None where it has none. Raises InvalidRequest for another number."""
+    modes: list[str | int | None] = [int(mode) if mode.isdecimal() else mode for mode in given or ()]
+    if len(modes) not in (0, 1, pictures):
+        raise InvalidRequest(
+            f"{flag('control_mode')} is given {len(modes)} times for {pictures} control pictures; give one for all, or "
+            "one for each"
+        )
+    return (modes or [None]) * pictures if len(modes) < 2 else modes
 
 
 def check_controls(requests: Sequence, names: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from stylefast import values
 from stylefast.errors import AdapterError, ModelFormatError, ModelNotFound
 from stylefast.models.config_files import build, config_of, read_config
 from stylefast.models.control_net import ControlRows
+from stylefast.models.control_union import refuse_mode
 from stylefast.models.digests import sampled_digest
 from stylefast.models.hub import present
 from stylefast.models.module_lists import list_of
@@ -64,6 +65,7 @@ class T2IAdapter(nn.Module):
 
     inside = True  # what it adds goes into the down blocks, and not to the maps kept for the up blocks
     attends = pools = False
+    union = None  # it reads pictures of one type
 
     def __init__(self, config: dict[str, Any], name: str = "", digest: str = ""):
         super().__init__()
@@ -117,6 +119,10 @@ class T2IAdapter(nn.Module):
             x = stage(x)
             found.append(x[0])
         return tuple(found)
+
+    def mode_number(self, mode: str | int | None) -> int:
+        """Return -1, since it knows no types. Raises InvalidRequest for a mode."""
+        return refuse_mode(mode, self.name)
 
     def added(self, control: ControlRows, *step: Tensor) -> tuple[Tensor, ...]:
         """Return what is added to the rows of `control`, before any weight; it is the same in every step."""

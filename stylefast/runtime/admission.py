@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from stylefast.errors import ExportError, InvalidRequest
 from stylefast.kernels.row_lora import RANK
 from stylefast.models import vae as vaes
+from stylefast.models.control_net import ControlNet
 from stylefast.models.pictures import open_picture
 from stylefast.models.repaint import Kept, fit_mask, fit_picture, resized
 from stylefast.models.t2i_adapter import T2IAdapter
@@ -152,14 +153,24 @@ class RequestPlanner:
             )
 
     def _check_controls(self, sample: Sample) -> None:
-        """Raise ExportError for control pictures that a backend can't apply, ImageError for unreadable ones."""
+        """Raise ExportError for control pictures that a backend can't apply, ImageError for unreadable ones.
+
+        Raises InvalidRequest for those that their network can't read.
+        """
         backend = self.runner.backend
         if sample.controls and not backend.takes_controls:
             raise ExportError(
                 f"the request has a control picture, but backend {quoted(backend.name)} does not run ControlNets; load "
                 "the model with backend='torch' or 'compile'"
             )
+        guessing: dict[ControlNet | T2IAdapter, bool] = {}
         for control, network in zip(sample.controls, sample.networks, strict=True):
+            network.mode_number(control.mode)
+            if network.union is not None and guessing.setdefault(network, control.guess_mode) != control.guess_mode:
+                raise InvalidRequest(
+                    f"the union ControlNet {quoted(network.name)} reads all its pictures of a request at once, but "
+                    "guess_mode is true for some and false for others; give all the same"
+                )
             open_picture(control.image)
             if not isinstance(network, T2IAdapter):
                 continue
@@ -179,7 +190,7 @@ class RequestPlanner:
         latent_size = self.latent_shape(group[0].size)[1:]
         # a lower bound: readers may need further branches of a reference
         rows = max(sum(len(sample.step_weights[step]) for sample in group) for step in range(group[0].schedule.steps))
-        rows += max(len(sample.controls) for sample in group)
+        rows += max(sample.network_runs for sample in group)
         banked = [sample.bank.info.references for sample in group if sample.bank is not None]
         references = max([*banked, *(len(sample.references) for sample in group)])
         texts = self.runner.conditions.text.nbytes_with(tokens)

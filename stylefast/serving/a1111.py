@@ -95,6 +95,8 @@ _SCRIPTS = "alwayson_scripts"
 _MODULE = "ip-adapter"  # how the names of ControlNet's modules begin that take a picture's style
 # of a unit of ControlNet: what is read, and what does not matter to such a module
 _UNIT = ("enabled", "module", "weight", "image", "input_image", "guidance_start", "guidance_end", "control_mode")
+# the extension's names for the types of a union's pictures, in the order of their numbers
+_TYPES = ("openpose", "depth", "soft edge", "hard edge", "normal map", "segmentation", "tile", "inpaint")
 _UNIT_REST = (
     "model",
     "resize_mode",
@@ -517,7 +519,7 @@ def _unit_picture(unit: Mapping[str, Any]) -> media.Upload:
 
 def _unit_control(unit: Mapping[str, Any], number: int, served: fields.Served) -> dict[str, Any]:
     """Return the control picture of a unit without a preprocessor. Raises ApiError."""
-    odd = [name for name in unit if name not in (*_UNIT, *_UNIT_REST)]
+    odd = [name for name in unit if name not in (*_UNIT, *_UNIT_REST, "union_control_type")]
     if odd or unit.get("control_mode") not in _BALANCED or unit.get("resize_mode") not in (*_STRETCHED, *_CROPPED):
         what = odd[0] if odd else "control_mode" if unit.get("control_mode") not in _BALANCED else "resize_mode"
         raise ApiError(
@@ -542,7 +544,22 @@ def _unit_control(unit: Mapping[str, Any], number: int, served: fields.Served) -
         "network": name,
         "weight": _real("weight", unit.get("weight"), 1.0),
         "window": window,
+        "mode": _unit_type(unit.get("union_control_type")),
     }
+
+
+def _unit_type(given: Any) -> int | None:
+    """Return the number of the type that a unit says its picture has. Raises ApiError."""
+    kind = str(given or "unknown").lower()
+    if kind not in (*_TYPES, "unknown"):
+        raise ApiError(
+            400,
+            f"a unit of controlnet has the union_control_type {values.quoted(given)}; it must be one of "
+            f"{values.listed(_TYPES)}",
+            param=_SCRIPTS,
+            code="invalid_request",
+        )
+    return _TYPES.index(kind) if kind in _TYPES else None
 
 
 def _unit_style(unit: Mapping[str, Any], number: int, served: fields.Served) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from PIL import Image, PngImagePlugin
 import stylefast as sf
 from stylefast.cli import main
 from stylefast.record_values import shipped
-from tests.support.small_control import edges, small_control_for
+from tests.support.small_control import edges, small_control_for, small_union_for
 
 SIZE = (64, 64)
 
@@ -52,6 +52,30 @@ def test_options_make_the_request_and_the_picture_is_made_again_from_itself(file
     run(*again, "--load-recorded", "--overwrite", capsys=capsys)
     run("a cat", "--steps", 3, "--out", tmp_path / "plain.png", "--quiet")
     assert Image.open(tmp_path / "plain.png").tobytes() != Image.open(tmp_path / "one.png").tobytes()
+
+
+def test_pictures_of_a_union_have_types(files, tmp_path, capsys):
+    engine = sf.Engine.from_pretrained("tiny", dtype="float32", device="cpu")
+    small_union_for(engine).save_pretrained(files / "union")
+    words = ["a cat", "--steps", 2, "--control-net", files / "union", "--quiet", "--out"]
+    pictures = [word for i in (1, 2) for word in ("--control", files / f"edges-{i}.png")]
+    run(*words, tmp_path / "one.png", *pictures, "--control-mode", "canny", "--control-mode", "1")
+    modes = [control["mode"] for control in record_of(tmp_path / "one.png")["call"]["requests"][0]["control"]]
+    assert modes == ["canny", 1]
+    run(*words, tmp_path / "both.png", *pictures, "--control-mode", "normal")
+    assert Image.open(tmp_path / "both.png").tobytes() != Image.open(tmp_path / "one.png").tobytes()
+    again = ["--from", tmp_path / "one.png", "--control-net", files / "union", "--out", tmp_path / "two.png"]
+    assert "same pixels" in run(*again, capsys=capsys)
+    for given, message in (
+        ([], "must know which of its 6 types"),
+        (["canny", "depth", "depth"], "--control-mode is given 3 times for 2 control pictures"),
+        (["cany"], "did you mean 'canny'"),
+        (["tile"], "give its number, 0 to 5"),
+    ):
+        options = [word for mode in given for word in ("--control-mode", mode)]
+        assert message in run(*words, tmp_path / "no.png", *pictures, *options, expect=2, capsys=capsys)
+    alone = ["a cat", "--control-mode", "canny", "--out", tmp_path / "no.png"]
+    assert "--control-mode says how a control picture acts" in run(*alone, expect=2, capsys=capsys)
 
 
 def test_another_network_under_the_recorded_name_is_noticed(files, tmp_path, capsys):

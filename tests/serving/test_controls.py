@@ -89,7 +89,8 @@ def test_a_unit_of_controlnet_is_a_control_picture(server):
         assert status == 200, reply
         return opened(reply["images"][0]).tobytes()
 
-    assert drawn(unit()) == drawn(unit(module="None", model="edges")) != drawn({})
+    same = unit(module="None", model="edges", union_control_type="Unknown")
+    assert drawn(unit()) == drawn(same) != drawn({})
     assert drawn(unit()) != drawn(unit(guidance_end=0.5)) != drawn(unit(weight=0.3))
     wide = unit(image=in_text(edges(3, (96, 64))))
     assert drawn(unit(image=in_text(edges(3, (96, 64))), resize_mode="Just Resize")) != drawn(wide)
@@ -102,6 +103,11 @@ def test_a_unit_of_controlnet_is_a_control_picture(server):
         ({"module": "canny"}, "has the module 'canny'"),
         ({"control_mode": "My prompt is more important"}, "has the control_mode"),
         ({"resize_mode": 2}, "has the resize_mode 2"),
+        (
+            {"union_control_type": "Fog"},
+            "has the union_control_type 'Fog'; it must be one of openpose, depth, soft edge",
+        ),
+        ({"union_control_type": "Hard Edge"}, "has mode=3, but the network 'edges' reads pictures of one type"),
         ({"image": "x"}, "not base64"),
     ],
 )

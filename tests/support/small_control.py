@@ -60,6 +60,16 @@ def small_control_for(engine):
     return net.requires_grad_(False).eval()
 
 
+def small_union_for(engine, types: int = 6):
+    """A random `ControlNetUnionModel` of diffusers for an engine."""
+    from diffusers import ControlNetUnionModel
+
+    own = {key: x for key, x in small_control_for(engine).config.items() if key[0] != "_" and key != "mid_block_type"}
+    channels = own["block_out_channels"][0]
+    own |= {"num_control_type": types, "num_trans_channel": channels, "num_proj_channel": channels}
+    return _with_weights(ControlNetUnionModel(**own, num_trans_layer=1, num_trans_head=4), 5)
+
+
 def edges(seed: int = 0, size=SIZE) -> Image.Image:
     """A picture of white lines on black."""
     picture = Image.new("RGB", size)

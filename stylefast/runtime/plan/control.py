@@ -6,6 +6,7 @@ from typing import Any
 
 from stylefast import values
 from stylefast.errors import InvalidRequest
+from stylefast.models.control_union import MODES
 from stylefast.models.pictures import PictureSource, check_source
 
 MAX_WEIGHT = 10.0
@@ -28,6 +29,9 @@ class Control:
         reference: what steers the reference of the request's style: "none", the "same" picture, or a picture of its
             own. Refused where there is no reference that runs with the request: without a style that reads one, with
             the call's first picture as the reference, and with a bank of finished pages.
+        mode: for a union network alone: which type the picture has, as its number or its name: openpose (0), depth (1),
+            hed, pidi, scribble or ted (2), canny, lineart, anime_lineart or mlsd (3), normal (4), segment (5), tile (6)
+            or repaint (7). Several pictures of one union run through it together, each weight in its input.
 
     Raises InvalidRequest for values out of range, ImageError for what is no picture.
 
@@ -45,11 +49,16 @@ class Control:
     window: tuple[float, float] = (0.0, 1.0)
     guess_mode: bool = False
     reference: str | PictureSource = NONE
+    mode: str | int | None = None
 
     def __post_init__(self):
         checked: dict[str, Any] = {"image": check_source("a control's image", self.image)}
         if self.network is not None:
             checked["network"] = values.text("network", self.network, longest=values.QUOTED, empty=False)
+        if isinstance(self.mode, str):
+            checked["mode"] = values.one_of("mode", self.mode, MODES)
+        elif self.mode is not None:
+            checked["mode"] = values.whole_number("mode", self.mode, 0)
         checked["weight"] = values.real_number("weight", self.weight, 0, MAX_WEIGHT)
         checked["window"] = values.fractions("window", self.window)
         checked["guess_mode"] = values.flag("guess_mode", self.guess_mode)

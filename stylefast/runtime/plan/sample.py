@@ -115,6 +115,12 @@ class Sample:
             step >= self.begin and not guessed and control.active(step - self.begin, self.schedule.steps - self.begin)
         )
 
+    @property
+    def network_runs(self) -> int:
+        """Return how many networks' rows one row of it has; a union ControlNet reads all its pictures at once."""
+        unions = [network for network in self.networks if network.union is not None]
+        return len(self.networks) - len(unions) + len(set(unions))
+
     def shares(self, step: int) -> bool:
         """Return whether it reads its references at `step`."""
         if self.reader is None or step < self.begin or not (self.references or self.bank is not None):
@@ -318,7 +324,7 @@ class GroupRows:
     @property
     def control_rows(self) -> int:
         """Return the number of rows that ControlNets run."""
-        return sum(map(len, self.controls))
+        return sum(len({use.network if use.numbers else use for use in row}) for row in self.controls)
 
     @property
     def lora_width(self) -> int:

@@ -61,6 +61,12 @@ class ControlUse:
     picture: tuple[torch.Tensor, ...]  # [channels, h, w], embedded
     pages: "KeyValuePages | None"  # of text for the network; None: it does not attend
     text_page: np.ndarray  # [steps] int64
+    numbers: tuple[int, ...] = ()  # of the types of all pictures that a union reads for this row
+
+    @property
+    def together(self) -> bool:
+        """Return whether a union reads several pictures, so that their weights are in them."""
+        return len(self.numbers) > 1
 
 
 @dataclass
@@ -293,7 +299,7 @@ class ConditionStore:
         self.masks: dict[tuple[int, int], MaskTable] = {}
         # of text, for ControlNets that attend
         self.control_text: WeakKeyDictionary[ControlNet, KeyValuePages] = WeakKeyDictionary()
-        # control -> (network, size) -> embedded picture
+        # control -> (network, size, whether a union reads others with it) -> embedded picture
         self._control_pictures: WeakKeyDictionary[Control, dict] = WeakKeyDictionary()
 
     @property
@@ -467,20 +473,19 @@ class ConditionStore:
         """Embed the control pictures that samples still need, and encode their prompts for the networks."""
         networks: dict[ControlNet | T2IAdapter, list[Sample]] = {}
         for sample in samples:
-            for control, network in zip(sample.controls, sample.networks, strict=True):
+            for control, network, numbers in _read_by_networks(sample):
                 networks.setdefault(network, []).append(sample)
-                embedded = self._control_pictures.setdefault(control, {})
-                if (network, sample.size) not in embedded:
-                    found = yield partial(_embed_control, network, control.image, sample.size)
-                    embedded[network, sample.size] = found
+                embedded, key = self._control_pictures.setdefault(control, {}), (network, sample.size, len(numbers) > 1)
+                if key not in embedded:
+                    embedded[key] = yield partial(_embed_control, control, *key)
         for network, users in networks.items():
             if isinstance(network, ControlNet) and network.attends:
                 yield from self._encode_texts(list(dict.fromkeys(users)), made, network)
 
     def _control_uses(self, sample: Sample, conditions: Conditions) -> None:
         """Look up what the networks of a sample read."""
-        for control, network in zip(sample.controls, sample.networks, strict=True):
-            picture = self._control_pictures[control][network, sample.size]
+        for control, network, numbers in _read_by_networks(sample):
+            picture = self._control_pictures[control][network, sample.size, len(numbers) > 1]
             for branch, keys in self._text_keys(sample).items():
                 pages, places = None, np.zeros(len(keys), dtype=np.int64)
                 if isinstance(network, ControlNet) and network.attends:
@@ -489,7 +494,7 @@ class ConditionStore:
                     held = {key: page for key, page in found.items() if page is not None}
                     conditions.held_control_text.append((pages, list(held.values())))
                     places = np.array([held[key] for key, _ in keys], dtype=np.int64)
-                use = ControlUse(control, network, picture, pages, places)
+                use = ControlUse(control, network, picture, pages, places, numbers)
                 conditions.controls.setdefault((sample, branch), []).append(use)
 
     def _texts(self, sample: Sample, say: bool = True, check: bool = False) -> Texts:
@@ -688,11 +693,23 @@ class _Content(NamedTuple):
         return self.syntax, self.revision, tuple((use.lora.digest, use.text) for use in self.loras)
 
 
+def _read_by_networks(sample: Sample) -> list[tuple[Control, ControlNet | T2IAdapter, tuple[int, ...]]]:
+    """List control pictures, their networks, and the types of all that a union reads at once; () for other networks."""
+    pairs = list(zip(sample.controls, sample.networks, strict=True))
+    numbers: dict[ControlNet | T2IAdapter, list[int]] = {}
+    for control, network in pairs:
+        numbers.setdefault(network, []).append(network.mode_number(control.mode))
+    return [(one, network, () if network.union is None else tuple(numbers[network])) for one, network in pairs]
+
+
 def _embed_control(
-    network: ControlNet | T2IAdapter, image: PictureSource, size: tuple[int, int]
+    control: Control, network: ControlNet | T2IAdapter, size: tuple[int, int], together: bool
 ) -> tuple[torch.Tensor, ...]:
-    """Return a control picture, fitted to (width, height), as a network reads it."""
-    return network.embed_picture(fit_picture(image, size).float() / 255)
+    """Return a control picture, fitted to (width, height), as a network reads it, alone or together with others."""
+    pixels = fit_picture(control.image, size).float() / 255
+    if isinstance(network, T2IAdapter) or network.union is None:
+        return network.embed_picture(pixels)
+    return network.embed_picture(pixels, control.mode, control.weight if together else None)
 
 
 def _read_mask(

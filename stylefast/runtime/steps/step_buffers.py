@@ -282,34 +282,44 @@ class _Controlled:
     def __init__(self, network: ControlNet | T2IAdapter):
         self.network = network
         self._rows: list[int] = []
-        self._uses: list[tuple[ControlUse, SampleGroup]] = []
+        self._uses: list[tuple[list[ControlUse], SampleGroup]] = []  # more than one only for a union
         self._fixed: tuple[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor] | None = None
+        self._types: torch.Tensor | None = None
 
     def add(self, row: int, use: ControlUse, group: SampleGroup) -> None:
-        self._rows.append(row)
-        self._uses.append((use, group))
+        if use.together and self._rows and self._rows[-1] == row:
+            self._uses[-1][0].append(use)
+        else:
+            self._rows.append(row)
+            self._uses.append(([use], group))
 
     def rows(self, device: torch.device) -> ControlRows:
         """Return the rows at their groups' current steps."""
         if self._fixed is None:
             maps = self.network.maps
             weights = [
-                map_weights(maps, use.control.weight, use.control.guess_mode and not self.network.pools)
-                for use, _ in self._uses
+                map_weights(
+                    maps, 1.0 if use.together else use.control.weight, use.control.guess_mode and not self.network.pools
+                )
+                for (use, *_), _ in self._uses
             ]
-            pictures = tuple(map(torch.stack, zip(*(use.picture for use, _ in self._uses))))
+            rows = [
+                [torch.stack(maps).sum(0) for maps in zip(*(use.picture for use in uses))] for uses, _ in self._uses
+            ]
+            pictures = tuple(map(torch.stack, zip(*rows)))
             self._fixed = (
                 torch.tensor(self._rows, device=device),
                 pictures,
                 torch.tensor(weights, dtype=pictures[0].dtype, device=device),
             )
-        pages = self._uses[0][0].pages
-        places = np.array([use.text_page[group.step] for use, group in self._uses])
-        text_page = torch.from_numpy(places).to(device)
-        if pages is None:
-            return ControlRows(self.network, *self._fixed, (), text_page)
-        lengths = pages.lengths if pages.any_shorter(places) else None
-        return ControlRows(self.network, *self._fixed, pages.layers, text_page, lengths)
+            if self.network.union is not None:
+                self._types = self.network.union.embed_types([use.numbers for (use, *_), _ in self._uses])
+        pages = self._uses[0][0][0].pages
+        places = np.array([use.text_page[group.step] for (use, *_), group in self._uses])
+        text_page, layers, lengths = torch.from_numpy(places).to(device), (), None
+        if pages is not None:
+            layers, lengths = pages.layers, pages.lengths if pages.any_shorter(places) else None
+        return ControlRows(self.network, *self._fixed, layers, text_page, lengths, self._types)
 
 
 def _controlled(uses: Sequence[tuple["ControlUse | None", SampleGroup]], order: np.ndarray) -> "list[_Controlled]":
