@@ -6,6 +6,9 @@ import io
 import json
 import random
 import socket
+import sys
+import threading
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -37,20 +40,43 @@ def listening_apart():
     raise AssertionError("no free port")
 
 
+_connections: list[tuple[int, int]] = []  # (thread, port) of each connection that this process asked for
+
+
+@cache
+def _watch_connections() -> None:
+    def note(event, arguments):
+        if event == "socket.connect" and isinstance(arguments[1], tuple):
+            _connections.append((threading.get_ident(), arguments[1][1]))
+
+    sys.addaudithook(note)
+
+
 @pytest.fixture
 def listener():
-    """A listening socket on loopback, and a function that returns whether anybody has connected."""
+    """The port of a listening socket on loopback, and a function that tells whether this thread has asked for it.
+
+    Some tests name it as the proxy, which clients in other threads, left by other tests, may then ask too.
+    """
+    _watch_connections()
     with listening_apart() as listening:
-        listening.settimeout(0.05)
+        port, before = listening.getsockname()[1], len(_connections)
+        yield port, lambda: (threading.get_ident(), port) in _connections[before:]
 
-        def asked():
-            try:
-                listening.accept()[0].close()
-            except TimeoutError:
-                return False
-            return True
 
-        yield listening.getsockname()[1], asked
+def test_a_connection_of_this_thread_is_noticed_and_one_of_another_is_not(listener):
+    port, asked = listener
+    client = threading.Thread(target=lambda: socket.create_connection(("127.0.0.1", port)).close())
+    client.start()
+    client.join()
+    assert not asked()
+
+    async def connect():
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.close()
+
+    asyncio.run(connect())
+    assert asked()
 
 
 # with {port} of a listener on loopback
