@@ -11,7 +11,7 @@ EXAMPLES = """\
 example: stylefast serve --model tiny &
          stylefast mcp --url http://localhost:8000
 
-Its tools are list_styles and generate_image. STYLEFAST_API_KEY is the service's key, if it asks for one."""
+Its tools are list_styles, generate_image and edit_image. STYLEFAST_API_KEY is the service's key, if it asks for one."""
 KEY = "STYLEFAST_API_KEY"
 
 

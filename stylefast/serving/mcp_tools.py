@@ -12,7 +12,10 @@ from mcp.server.mcpserver.exceptions import ToolError
 import stylefast
 from stylefast.values import did_you_mean, listed, quoted
 
-INSTRUCTIONS = "Draws pictures in registered styles. Call list_styles first, then generate_image with one of its names."
+INSTRUCTIONS = (
+    "Draws pictures in registered styles. Call list_styles first, then generate_image with one of its names, or with a "
+    "picture whose style to take. edit_image changes a picture, or a part of it."
+)
 _SECONDS = 900.0
 
 
@@ -53,10 +56,18 @@ def make_tools(url: str, key: str | None = None, transport: httpx2.AsyncBaseTran
         styles = (await ask("GET", "/v1/styles"))["data"]
         return sorted(style["id"] for style in styles if style["fault"] is None)
 
+    async def drawn(route: str, fields: Mapping[str, Any], own: Mapping[str, Any]) -> list[Any]:
+        body = {"output_format": "png", **fields, "stylefast": {k: v for k, v in own.items() if v is not None}}
+        reply = await ask("POST", route, {k: v for k, v in body.items() if v is not None})
+        said = reply["stylefast"]
+        words = [f"seed {said['seeds'][0]}, {reply['size']} pixels", *said["warnings"]]
+        return [Image(data=base64.b64decode(reply["data"][0]["b64_json"]), format="png"), "; ".join(words)]
+
     @tools.tool(structured_output=False)
     async def generate_image(
         prompt: str,
         style: str | None = None,
+        style_image: str | None = None,
         negative_prompt: str = "",
         size: str = "auto",
         quality: str = "auto",
@@ -67,17 +78,44 @@ def make_tools(url: str, key: str | None = None, transport: httpx2.AsyncBaseTran
         Args:
             prompt: what it shows.
             style: a name of list_styles.
+            style_image: a PNG, JPEG or WebP in base64 whose style to take, instead of a registered one.
             negative_prompt: what to steer away from.
             size: WIDTHxHEIGHT in pixels, each divisible by 8; auto: the model's own.
             quality: low, medium, high, xhigh or max: more steps take longer.
             seed: draws the same picture again; -1: another one each time.
         """
-        own = {"seed": seed, "negative_prompt": negative_prompt, **({} if style is None else {"style": style})}
-        body = {"prompt": prompt, "size": size, "quality": quality, "output_format": "png", "stylefast": own}
-        reply = await ask("POST", "/v1/images/generations", body)
-        said = reply["stylefast"]
-        words = [f"seed {said['seeds'][0]}, {reply['size']} pixels", *said["warnings"]]
-        return [Image(data=base64.b64decode(reply["data"][0]["b64_json"]), format="png"), "; ".join(words)]
+        if style is not None and style_image is not None:
+            raise ToolError("style and style_image both say whose style to take; give one of them")
+        route = "/v1/images/generations" if style_image is None else "/v1/images/edits"
+        fields = {"prompt": prompt, "size": size, "quality": quality, "image": style_image}
+        return await drawn(route, fields, {"seed": seed, "negative_prompt": negative_prompt, "style": style})
+
+    @tools.tool(structured_output=False)
+    async def edit_image(
+        prompt: str,
+        image: str,
+        mask: str | None = None,
+        strength: float = 0.6,
+        style: str | None = None,
+        negative_prompt: str = "",
+        quality: str = "auto",
+        seed: int = -1,
+    ) -> list[Any]:
+        """Change a picture, or the part of it that a mask leaves open.
+
+        Args:
+            prompt: what it shows afterwards.
+            image: a PNG, JPEG or WebP in base64.
+            mask: a PNG in base64 whose transparent parts are what changes; without one, everything does.
+            strength: how much changes, 0 to 1; 1 leaves nothing of what was there.
+            style: a name of list_styles.
+            negative_prompt: what to steer away from.
+            quality: low, medium, high, xhigh or max: more steps take longer.
+            seed: draws the same picture again; -1: another one each time.
+        """
+        fields = {"prompt": prompt, "quality": quality, "image": image, "mask": mask}
+        own = {"seed": seed, "negative_prompt": negative_prompt, "style": style, "strength": strength}
+        return await drawn("/v1/images/edits", fields, own)
 
     return tools
 
