@@ -312,6 +312,9 @@ class Engine:
         variation_seed: int | None = None,
         variation_strength: float = 0.0,
         control: ControlLike = None,
+        window: tuple[int, int] | None = None,
+        window_stride: int | None = None,
+        wrap: bool = False,
         callback: StepCallback | None = None,
         output: str = "pil",
         alone: bool = False,
@@ -372,6 +375,9 @@ class Engine:
             "variation_seed": variation_seed,
             "variation_strength": variation_strength,
             "control": control,
+            "window": window,
+            "window_stride": window_stride,
+            "wrap": wrap,
         }
         self._open(output)
         seeds = values.seeds("seed", seed, len(prompts))
@@ -529,12 +535,20 @@ class Engine:
         return job
 
     def _result(
-        self, latents: list[torch.Tensor], kept: list[Kept | None], written: list[dict], output: str
+        self,
+        latents: list[torch.Tensor],
+        kept: list[Kept | None],
+        wraps: list[bool],
+        written: list[dict],
+        output: str,
     ) -> Generator[None, None, Result]:
-        """Yield between pictures, and return the result; kept: what each picture's mask keeps of another."""
+        """Yield between pictures, and return the result.
+
+        kept: what each picture's mask keeps of another; wraps: whether its left and right edge are neighbours.
+        """
         images = []
         if output != "latents":
-            images = yield from self.decoder.images(latents, self.runner.beside)
+            images = yield from self.decoder.images(latents, self.runner.beside, wraps)
             images = [image if rest is None else rest.put_back(image) for image, rest in zip(images, kept, strict=True)]
         if output == "np":
             images = [image.permute(1, 2, 0).cpu().numpy() for image in images]
@@ -560,7 +574,8 @@ class Engine:
             entry["loras"] = self.merged_loras.scales  # may have changed while the job waited, but not while it ran
         targets = (job.samples or [])[: len(job.requests)]
         kept = [sample.pin[1].kept if sample.pin and sample.request.mask is not None else None for sample in targets]
-        return self._result([latents[i] for i in range(len(job.requests))], kept, job.metadata, job.output)
+        wraps = [request.wrap for request in job.requests]
+        return self._result([latents[i] for i in range(len(job.requests))], kept, wraps, job.metadata, job.output)
 
     def _current_fingerprint(self) -> str:
         loras = self.merged_loras.fingerprint

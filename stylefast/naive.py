@@ -125,8 +125,8 @@ def plan(engine: "Engine", requests: Sequence[Request]) -> list[Sample]:
 
 def _target(engine: "Engine", request: Request) -> Sample:
     begun = request.image is not None or request.upscale > 1 or request.variation_strength
-    if begun or request.control or engine.unet.config["in_channels"] != 4:
-        raise InvalidRequest("naive.py has neither pictures to begin with nor control or masks; use Engine.generate")
+    if begun or request.control or request.window or engine.unet.config["in_channels"] != 4:
+        raise InvalidRequest("naive.py has no pictures to begin with, control, masks or windows; use Engine.generate")
     schedule = named_schedule(request.scheduler, request.steps, engine.scheduler_config, request.spacing)
     guidance = [style.context_guidance for style in request.styles if style.context_guidance is not None]
     weights = guidance_weights(request.guidance, guidance[0] if guidance else None)

@@ -159,10 +159,11 @@ def _read_request(entry, styles: Mapping, sources: Sources) -> Request:
     if "prompt" not in entry:
         raise InvalidRequest('"prompt" is missing; say what the picture shows, e.g. "prompt": "a fish"')
     values = dict(entry)
-    if isinstance(values.get("size"), str):
-        values["size"] = parse_size(values["size"])
-    elif isinstance(values.get("size"), list):
-        values["size"] = tuple(values["size"])
+    for name in ("size", "window"):
+        if isinstance(values.get(name), str):
+            values[name] = parse_size(values[name], name)
+        elif isinstance(values.get(name), list):
+            values[name] = tuple(values[name])
     for name in PICTURES:
         if values.get(name) is not None:
             values[name] = sources.picture(values[name], name == "mask")
@@ -237,11 +238,11 @@ def read_style(kind: type[Style], given: Mapping[str, Any], sources: Any) -> Sty
     return style
 
 
-def parse_size(text: str) -> tuple[int, int]:
+def parse_size(text: str, name: str = "size") -> tuple[int, int]:
     """Return (1024, 768), width and height, for "1024x768". Raises InvalidRequest."""
     match = _SIZE.fullmatch(text)
     if match is None:
-        raise InvalidRequest(f"size is {quoted(text)}; it must be WIDTHxHEIGHT in pixels, e.g. 1024x1024")
+        raise InvalidRequest(f"{name} is {quoted(text)}; it must be WIDTHxHEIGHT in pixels, e.g. 1024x1024")
     return int(match[1]), int(match[2])
 
 

@@ -146,6 +146,7 @@ def plan(model_folder: Path, steps: int) -> tuple[Chapter, ...]:
         _composed_chapter(references[-1], learned[0]),
         _begun_chapter(references[0], references[-1], steps),
         *_control_chapters(list(shipped(model_folder, "control")), references),
+        _wide_chapter(references[0], _native_side(model_folder)),
         *_lora_chapters(list(shipped(model_folder, "loras"))),
     )
 
@@ -279,6 +280,26 @@ def _begun_chapter(picture: str, style: str, steps: int) -> Chapter:
         "the mask its pixels stay as they are."
     )
     return Chapter("From a picture: image to image, repainting, a second pass", text, tuple(calls))
+
+
+def _native_side(model_folder: Path) -> int:
+    """Return the side in pixels of the pictures that a model was trained on."""
+    unet, vae = (json.loads((model_folder / part / "config.json").read_text()) for part in ("unet", "vae"))
+    return unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+
+
+def _wide_chapter(style: str, side: int) -> Chapter:
+    wide = ("--size", f"{3 * side}x{side}", "--window", f"{side}x{side}", "--seed", "60", "--count", "2")
+    calls = (
+        Call("wide", "three times as wide, in windows", ("a house in watercolor style", *wide)),
+        Call("wide-around", "the right edge continues at the left", ("a house in watercolor style", *wide, "--wrap")),
+        Call("wide-styled", f"aligned to {style}", ("a house", *wide, "--style-image", style, *ALIGNED), style),
+    )
+    text = (
+        "Windows of the model's own size overlap and agree in every step; all of them read the same reference. This "
+        "model has seen single things alone, so it repeats them."
+    )
+    return Chapter("Panoramas", text, calls)
 
 
 def _control_chapters(networks: Sequence[str], references: Sequence[str]) -> tuple[Chapter, ...]:

@@ -74,6 +74,9 @@ _CALL_OPTIONS = (
     "control_window",
     "guess_mode",
     "control_reference",
+    "window",
+    "window_stride",
+    "wrap",
 )
 # written out, because the tables with the names import torch
 SCHEDULERS_HELP = """\
@@ -172,6 +175,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group("--upscale", type=float, metavar="FACTOR", help="enlarge by this factor, 1 to 4, and draw a second pass")
     group("--upscale-strength", type=float, help="share of the steps of that pass, above 0 to 1 (default: 0.4)")
     group("--upscale-mode", choices=("picture", "latents"), help="what is enlarged (default: picture)")
+    group("--window", metavar="WxH", help="draw a larger picture in overlapping windows of this many pixels")
+    group(
+        "--window-stride", type=int, metavar="N", help="pixels between windows (default: a quarter of the smaller side)"
+    )
+    group("--wrap", action="store_true", default=None, help="let the left and right edge fit together; with --window")
     group("--variation-seed", type=int, metavar="N", help="seed of a noise that pictures are varied towards")
     group("--variation-strength", type=float, help="how far, 0 to 1 (default: 0, or 0.1 with --variation-seed)")
 
@@ -377,10 +385,11 @@ def requests_of(
 
 def _picture_settings(arguments: argparse.Namespace, model_folder: Path) -> dict:
     """Return the Request fields for what pictures begin with. Raises InvalidRequest and ImageError."""
+    from stylefast.record import parse_size
     from stylefast.record_values import find_picture
 
     names = ("image", "strength", "mask", "upscale", "upscale_strength", "upscale_mode")
-    names += ("variation_seed", "variation_strength")
+    names += ("variation_seed", "variation_strength", "window", "window_stride", "wrap")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     for name in ("strength", "mask"):
         if name in given and "image" not in given and arguments.source is None:
@@ -388,6 +397,8 @@ def _picture_settings(arguments: argparse.Namespace, model_folder: Path) -> dict
     for name in ("image", "mask"):
         if name in given:
             given[name] = find_picture(given[name], model_folder)
+    if "window" in given:
+        given["window"] = parse_size(given["window"], "--window")
     if "variation_seed" in given:
         given.setdefault("variation_strength", 0.1)
     return given

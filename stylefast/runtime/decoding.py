@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from stylefast.options import Part
 
 
+# latents beyond an edge that a pixel beside it is decoded from
+_MARGIN = 16
+
+
 class Decoder:
     """Decoder of one model's latents.
 
@@ -50,17 +54,28 @@ class Decoder:
             self._run.open()
 
     def images(
-        self, latents: Sequence[torch.Tensor], beside: Callable[[Callable[[], torch.Tensor]], torch.Tensor]
+        self,
+        latents: Sequence[torch.Tensor],
+        beside: Callable[[Callable[[], torch.Tensor]], torch.Tensor],
+        wraps: Sequence[bool],
     ) -> Generator[None, None, list[torch.Tensor]]:
         """Decode each of `latents` [channels, h, w] to [3, height, width] in 0..1; yield after each.
 
-        beside: runs the VAE call, `Runner.beside`. Raises NumericsError and OutOfMemory, see `vae.decode`.
+        beside: runs the VAE call, `Runner.beside`. wraps: whether the left and right edge of each are neighbours.
+        Raises NumericsError and OutOfMemory, see `vae.decode`.
         """
         images: list[torch.Tensor] = []
-        for one in latents:
-            images.append(beside(partial(self._decode, one)))
+        for one, wrap in zip(latents, wraps, strict=True):
+            images.append(beside(partial(self._decode_around if wrap else self._decode, one)))
             yield
         return images
+
+    def _decode_around(self, latents: torch.Tensor) -> torch.Tensor:
+        """Decode latents whose edges are neighbours, each with a margin of what lies beyond the other."""
+        margin = min(_MARGIN, latents.shape[-1])
+        image = self._decode(torch.cat([latents[..., -margin:], latents, latents[..., :margin]], dim=-1))
+        margin *= image.shape[-1] // (latents.shape[-1] + 2 * margin)
+        return image[..., margin:-margin]
 
     @torch.inference_mode()
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:

@@ -244,9 +244,9 @@ class Job:
         """Return the collector of row features for the next step of a group, for a job that `collects`."""
         return None
 
-    def after_step(self, runner: Runner, groups: Sequence[SampleGroup]) -> Callable[[], None] | None:
-        """Return the function that the caller's thread must call after a step of `groups`, if any."""
-        return None
+    def after_step(self, runner: Runner, groups: Sequence[SampleGroup]) -> Sequence[Callable[[], None]]:
+        """Return the functions that the caller's thread must call after a step of `groups`."""
+        return ()
 
     @property
     def wants_previews(self) -> bool:
@@ -293,18 +293,23 @@ class Call(Job):
         """Make all pictures of a size take a step, which the callback sees together, before any takes the next."""
         return self._callback is None or all(g.done >= min(group.done, g.total) for g in self._alike(group))
 
-    def after_step(self, runner: Runner, groups: Sequence[SampleGroup]) -> Callable[[], None] | None:
-        """Return the callback's call once all pictures of the size have made the step."""
+    def after_step(self, runner: Runner, groups: Sequence[SampleGroup]) -> Sequence[Callable[[], None]]:
+        """Return the callback's calls, one for each size whose pictures have all made the step."""
         if self._callback is None:
-            return None
-        alike, done, call = self._alike(groups[0]), groups[0].done, self._callback
+            return ()
+        sizes = {group.shown_shape: group for group in reversed(groups)}  # windows of larger pictures step with others
+        calls = [self._call(runner, group, self._callback) for group in sizes.values()]
+        return [call for call in calls if call is not None]
+
+    def _call(self, runner: Runner, group: SampleGroup, call: StepCallback) -> Callable[[], None] | None:
+        alike, done = self._alike(group), group.done
         if any(g.done < min(done, g.total) for g in alike):
             return None
         latents = torch.cat([runner.shown_of(g) for g in alike if g.done == done])
         return lambda: call(done, max(g.total for g in alike), runner.stream.lend(latents))
 
     def _alike(self, group: SampleGroup) -> list[SampleGroup]:
-        return [g for g in self.groups if g.latent_shape == group.latent_shape]
+        return [g for g in self.groups if g.shown_shape == group.shown_shape]
 
 
 def pieces(job: Job, making: Generator[None, None, Any], ready: Callable[[], None]) -> Callable[[], Any]:

@@ -149,17 +149,23 @@ class Runner:
 
     def shown_of(self, group: SampleGroup) -> torch.Tensor:
         """Return the latents of the requested pictures, without references; does not wait for the device."""
-        return self.latents[group.latent_shape].latents[group.shown]
+        return self._shown(group, self.latents[group.latent_shape].latents)
+
+    def _shown(self, group: SampleGroup, buffer: torch.Tensor) -> torch.Tensor:
+        """Return the part of a buffer of all slots that belongs to the requested pictures, windows joined."""
+        if group.windows is not None:
+            return group.windows.join(buffer[group.window_places])[None]
+        return buffer[group.shown]
 
     def results_of(self, group: SampleGroup) -> dict[int, torch.Tensor]:
         """Return output number -> latents [channels, h, w] of the requested pictures."""
-        latents = self.latents_of(group)
-        return {sample.output: latents[i] for i, sample in enumerate(group.samples) if sample.output is not None}
+        outputs = [sample.output for sample in group.samples if sample.output is not None]
+        return dict(zip(outputs, self.shown_of(group), strict=True))
 
     def denoised_of(self, group: SampleGroup) -> torch.Tensor:
         """Return those pictures' last noise-free estimates [shown, channels, h, w], or latents before any step."""
         state = self.latents[group.latent_shape]
-        return state.history[:, 0][group.shown] if group.done else state.latents[group.shown]
+        return self._shown(group, state.history[:, 0] if group.done else state.latents)
 
     def rows_that_fit(self, latent_size: tuple[int, int]) -> int:
         """Return how many rows of one UNet call fit into memory, at most `max_rows` and the backend's limit."""
@@ -218,6 +224,8 @@ class Runner:
             group.step += 1
             for pin, place in group.repainted:
                 pin.put_back(self.latents[group.latent_shape].latents[place], group.step)
+            if group.windows is not None:
+                group.windows.agree(self.latents[group.latent_shape], group.window_places)
             if group.trail is not None:
                 group.trail.append(self.latents_of(group)[0])
             if self.unet.device.type == "cpu":
@@ -233,8 +241,8 @@ class Runner:
         if all(good):
             return None
         bad = [sample for sample, fine in zip(group.samples, good, strict=True) if not fine]
-        outputs = [sample.output for sample in bad if sample.output is not None]
-        return not_finite(outputs, [str(use) for sample in bad for use in sample.loras])
+        outputs = {(sample.window_of or sample).output for sample in bad}  # once for all windows of a picture
+        return not_finite(sorted(output for output in outputs if output is not None), [str(use) for sample in bad for use in sample.loras])
 
     def staging(self, group: SampleGroup) -> Iterator[Callable[[], object]]:
         """Bring the first bank pages that a group reads, before it joins.

@@ -538,10 +538,10 @@ class Scheduler:
         if job.wants_previews:
             for group in stepped:
                 self._show(job, group)
-        hook = job.after_step(self._runner, stepped)
-        if hook is not None:
+        hooks = job.after_step(self._runner, stepped)
+        if hooks:
             with self._changed:
-                job.due.append(hook)
+                job.due.extend(hooks)
                 self._notify()
 
     def _deliver(self, job: Job) -> None:

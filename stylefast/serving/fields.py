@@ -55,6 +55,9 @@ REQUEST_FIELDS = (
     "variation_seed",
     "variation_strength",
     "control",
+    "window",
+    "window_stride",
+    "wrap",
 )
 _TEXTS = ("negative_prompt", "prompt_2", "negative_prompt_2", "scheduler", "spacing", "prompt_syntax", "method")
 _TEXTS += ("upscale_mode",)

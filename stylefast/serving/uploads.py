@@ -32,7 +32,7 @@ class Uploads:
     def __init__(self, contents: Sequence[bytes], requests: Sequence[Mapping[str, Any]], engine: "Engine"):
         self._contents, self._engine = contents, engine
         self._room = RECORD_LIMIT
-        sizes = {tuple(request.get("size") or engine.native_size) for request in requests}
+        sizes = {tuple(request.get("window") or request.get("size") or engine.native_size) for request in requests}
         self._size = sizes.pop() if len(sizes) == 1 else None
         self._uses: dict[Any, list[Any]] = {}
         for request in requests:

@@ -52,6 +52,31 @@ def test_what_is_said_in_the_shell_changes_the_picture_and_from_says_it_again(
     assert code == 0 and "same pixels" in err
 
 
+def test_a_panorama_is_drawn_in_windows_and_drawn_again_from_itself(generate, stylefast, tmp_path):
+    words = ("a house", "--steps", "2", "--size", "128x64", "--out")
+    whole = generate(*words, tmp_path / "whole.png")[0]
+    wide = ("--window", "64x64", "--window-stride", "32", "--wrap", "--style-image", "neon")
+    found = generate(*words, tmp_path / "wide.png", *wide)[0]
+    assert Image.open(found).size == Image.open(whole).size == (128, 64)
+    assert (recorded(found)["window"], recorded(found)["window_stride"], recorded(found)["wrap"]) == ([64, 64], 32, True)
+    code, _, err = stylefast("generate", "--from", found, "--load-recorded", "--out", tmp_path / "again.png")
+    assert code == 0 and "same pixels" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--window", "64"), "--window is '64'; it must be WIDTHxHEIGHT"),
+        (("--window", "64x64"), "a part of the picture's size, which must then be given as size"),
+        (("--size", "128x64", "--window", "64x64", "--window-stride", "12"), "window_stride is 12"),
+        (("--wrap",), "wrap is True, which has no effect without window"),
+    ],
+)
+def test_windows_that_make_no_sense_are_refused(stylefast, tmp_path, words, message):
+    code, out, err = stylefast("generate", "a", *words, "--out", tmp_path / "a.png")
+    assert code == 2 and message in err and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("scheduler", FEW_STEP_PRESETS)
 def test_a_few_step_preset_brings_its_guidance(generate, tmp_path, scheduler):
     words = ("a cat", "--scheduler", scheduler, "--steps", FEW_STEP_PRESETS[scheduler].steps[0], "--out", tmp_path)

@@ -138,6 +138,7 @@ def test_what_it_leaves_out_is_refused(engine):
     with pytest.raises(InvalidRequest, match="neither style banks nor DDIM inversion"):
         naive.generate(engine, [sf.Request("a cat", style=inverted, scheduler="ddim", steps=2, size=SIZE)])
     array = np.asarray(PICTURES[0].resize(SIZE))
-    for more in ({"image": array}, {"upscale": 1.5}, {"variation_strength": 0.1}, {"control": sf.Control(array)}):
-        with pytest.raises(InvalidRequest, match="neither pictures to begin with nor control"):
+    begun = {"image": array}, {"upscale": 1.5}, {"variation_strength": 0.1}, {"control": sf.Control(array)}
+    for more in (*begun, {"window": (32, 16)}):
+        with pytest.raises(InvalidRequest, match="no pictures to begin with, control, masks or windows"):
             naive.generate(engine, [sf.Request("a cat", steps=5, size=SIZE, **more)])

@@ -176,3 +176,18 @@ def test_edits_and_generations_refuse_what_has_no_picture_or_no_hole(server):
     assert status == 400 and reply["error"]["code"] == "no_image"
     status, reply = post(server, "/v1/images/generations", {"prompt": "a", "mask": in_text(clear_square())})
     assert status == 400 and reply["error"]["code"] == "unknown_parameter"
+
+
+@pytest.mark.parametrize("window", ["64x64", [64, 64]])
+def test_a_panorama_is_drawn_in_windows(server, engine, window):
+    given = {"seed": 3, "steps": 4, "window": window, "window_stride": 32, "wrap": True}
+    status, reply = post(
+        server, "/v1/images/generations", {"prompt": "a cat", "size": "128x64", "stylefast": given | {"style": "neon"}}
+    )
+    assert status == 200, reply
+    made = Image.open(BytesIO(base64.b64decode(reply["data"][0]["b64_json"])))
+    assert made.size == (128, 64)
+    status, reply = post(server, "/v1/images/generations", {"prompt": "a", "stylefast": {"window": window}})
+    assert status == 400 and "must then be given as size" in reply["error"]["message"]
+    status, reply = post(server, "/v1/images/generations", {"prompt": "a", "stylefast": {"window": "wide"}})
+    assert status == 400 and "window is 'wide'" in reply["error"]["message"]

@@ -38,6 +38,9 @@ _SHARED = (
     "upscale_mode",
     "variation_seed",
     "variation_strength",
+    "window",
+    "window_stride",
+    "wrap",
 )
 _FIELDS = ("prompt", "seed", "style", "preview_every", "deadline", *_SHARED)
 _MOST_PROMPTS = 64

@@ -138,7 +138,7 @@ class BakeJob(Job):
             self._features, self._before = RowFeatures(), None
         return self._features
 
-    def after_step(self, runner: Runner, groups: Sequence[SampleGroup]) -> Callable[[], None] | None:
+    def after_step(self, runner: Runner, groups: Sequence[SampleGroup]) -> Sequence[Callable[[], None]]:
         """Return a function that writes a reference's step, and calls the callback after the last reference's."""
         (group,) = groups
         number, step = self.groups.index(group), group.step - 1
@@ -158,7 +158,7 @@ class BakeJob(Job):
             if told and self._callback is not None:
                 self._callback(step + 1, self.steps)
 
-        return write
+        return [write]
 
 
 def _nothing(job: Job, latents: Mapping[int, torch.Tensor]) -> Generator[None, None, None]:

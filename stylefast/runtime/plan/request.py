@@ -14,10 +14,11 @@ from stylefast.models.masks import check_mask_shape
 from stylefast.models.pictures import PictureSource, check_source, open_picture
 from stylefast.models.prompt_syntax import SYNTAXES
 from stylefast.runtime.plan.control import Control, normalise_controls
+from stylefast.runtime.plan.windows import window_count, window_stride
 from stylefast.sampling.guidance import MAX_GUIDANCE
 from stylefast.sampling.schedule import first_step
 from stylefast.sampling.spacing import SPACINGS
-from stylefast.styles.style import ReferenceStyle, Style, check_kind, kinds
+from stylefast.styles.style import ImageStyle, ReferenceStyle, Style, check_kind, kinds
 
 MAX_STEPS = 1000
 MIN_SIDE, MAX_SIDE = 16, 8192
@@ -27,6 +28,7 @@ UPSCALE_MODES = ("picture", "latents")
 STRENGTH = 0.6
 # fields of a picture without a second pass, and without variation
 _SINGLE: dict[str, Any] = {"upscale": 1.0, "upscale_strength": 0.4, "upscale_mode": UPSCALE_MODES[0]}
+_WHOLE: dict[str, Any] = {"window": None, "window_stride": None, "wrap": False}
 _UNVARIED: dict[str, Any] = {"variation_seed": None, "variation_strength": 0.0}
 # what a caller may give as styles; a `Request` holds a tuple of them
 StyleLike: TypeAlias = Style | Sequence[Style] | None
@@ -82,6 +84,10 @@ class Request:
         variation_seed: seed of a second noise that the first is turned towards; None or -1 draws one.
         variation_strength: share of the way to that noise, in [0, 1].
         control: None, a `Control` or several: pictures that ControlNets follow (docs/control.md).
+        window: (width, height) in pixels of overlapping windows in which a larger picture is made, such as the model's
+            native size; None: the picture is made whole (docs/pictures.md).
+        window_stride: distance between windows in pixels, divisible by 8; None: a quarter of the smaller side.
+        wrap: whether the picture's left and right edge fit together, which needs `window`.
 
     Raises InvalidRequest for anything out of range, ImageError for an `image` or `mask` that can't be read.
 
@@ -119,6 +125,9 @@ class Request:
     variation_seed: int | None = None
     variation_strength: float = 0.0
     control: ControlLike = None
+    window: tuple[int, int] | None = None
+    window_stride: int | None = None
+    wrap: bool = False
 
     def __post_init__(self):
         checked: dict[str, Any] = {
@@ -149,11 +158,13 @@ class Request:
         if checked["upscale"] > 1:
             _check_strength("upscale_strength", checked["upscale_strength"], checked["steps"])
         checked["variation_strength"] = values.real_number("variation_strength", self.variation_strength, 0, 1)
-        checked |= self._picture(checked) | self._variation(checked)
+        checked["wrap"] = values.flag("wrap", self.wrap)
+        checked |= self._picture(checked) | self._variation(checked) | self._windows(checked)
         self._check_effects(checked)
         begin = first_step(checked["steps"], checked["strength"]) if self.image is not None else 0
         checked["control"] = normalise_controls(self.control, checked["steps"] - begin)
         self._check_steered(checked)
+        self._check_whole(checked)
         slots = [slot for style in checked["style"] for slot in style.placeholders]
         for name in ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2"):
             prompt_syntax.check(name, checked.get(name, ""), checked["prompt_syntax"], slots)
@@ -181,11 +192,52 @@ class Request:
             return {}
         return {"variation_seed": values.seed("variation_seed", self.variation_seed)}
 
+    def _windows(self, checked: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the checked fields of the windows in which the picture is made."""
+        if self.window is None:
+            if self.window_stride is None:
+                return {}
+            return {"window_stride": values.whole_number("window_stride", self.window_stride, 8, MAX_SIDE)}
+        window, size = check_size(self.window, "window"), checked.get("size")
+        shown = "x".join(map(str, window))
+        if size is None:
+            raise InvalidRequest(f"window is {shown}, a part of the picture's size, which must then be given as size")
+        if window[0] > size[0] or window[1] > size[1] or (window == size and not checked["wrap"]):
+            raise InvalidRequest(
+                f"window is {shown}, and the picture's size {size[0]}x{size[1]}; the picture must be larger than a "
+                "window, or wrap around"
+            )
+        stride = window_stride(window, self.window_stride)
+        stride = values.whole_number("window_stride", stride, 8, min(window))
+        if stride % 8:
+            raise InvalidRequest(f"window_stride is {stride}; it must be divisible by 8")
+        window_count(size, window, stride, checked["wrap"])
+        return {"window": window, "window_stride": stride}
+
+    def _check_whole(self, checked: Mapping[str, Any]) -> None:
+        """Raise InvalidRequest for what is not possible in windows."""
+        if self.window is None:
+            return
+        reads = next((style.reads for style in checked["style"] if isinstance(style, ReferenceStyle)), None)
+        pictured = [style for style in checked["style"] if isinstance(style, ImageStyle)]
+        masked = any(segment.mask is not None for style in pictured for segment in style.segments)
+        for name, given in (
+            ("image", self.image is not None),
+            ("upscale", checked["upscale"] > 1),
+            ("control", bool(checked["control"])),
+            ("a style with a mask", masked),
+            ("a style whose reference is the call's first picture", reads is not None and reads.of_call),
+        ):
+            if given:
+                raise InvalidRequest(f"{name} does not go together with window; leave one of them out")
+
     def _check_effects(self, checked: Mapping[str, Any]) -> None:
         """Raise InvalidRequest for settings of what the request does not have."""
         idle: dict[str, tuple[Any, str]] = {} if self.image is not None else {"strength": (STRENGTH, "image")}
         if checked["upscale"] == 1:
             idle |= {name: (_SINGLE[name], "upscale") for name in ("upscale_strength", "upscale_mode")}
+        if self.window is None:
+            idle |= {name: (_WHOLE[name], "window") for name in ("window_stride", "wrap")}
         if not checked["variation_strength"]:
             idle["variation_seed"] = (None, "variation_strength")
         for name, (usual, needed) in idle.items():
@@ -211,8 +263,9 @@ class Request:
         raise InvalidRequest(f"a control says what steers the reference, but {why}; leave the control's reference out")
 
     def from_noise(self) -> "Request":
-        """Return the request without its own pictures and variation, as its references are made."""
-        return replace(self.first_pass(), image=None, strength=STRENGTH, mask=None, control=None, **_UNVARIED)
+        """Return the request without its own pictures, windows and variation, as its references are made."""
+        own = {"image": None, "strength": STRENGTH, "mask": None, "control": None, "size": self.window or self.size}
+        return replace(self.first_pass(), **own, **_WHOLE, **_UNVARIED)
 
     def first_pass(self) -> "Request":
         """Return the request of the picture that a second pass begins with."""
@@ -328,12 +381,13 @@ def own_size(picture: Image.Image) -> tuple[int, int]:
         ) from None
 
 
-def check_size(size: Any) -> tuple[int, int]:
+def check_size(size: Any, name: str = "size") -> tuple[int, int]:
     """Return (width, height) as whole numbers divisible by 8, from 16 to 8192. Raises InvalidRequest."""
     sides = values.entries(size) or ()
     if len(sides) != 2:
-        raise InvalidRequest(f"size is {values.quoted(size)}; it must be (width, height) in pixels")
-    return _check_side("width", sides[0]), _check_side("height", sides[1])
+        raise InvalidRequest(f"{name} is {values.quoted(size)}; it must be (width, height) in pixels")
+    part = "" if name == "size" else f"{name}'s "
+    return _check_side(f"{part}width", sides[0]), _check_side(f"{part}height", sides[1])
 
 
 def _check_side(name: str, side) -> int:

@@ -26,6 +26,7 @@ from stylefast.models.t2i_adapter import T2IAdapter
 from stylefast.runtime.loras import LoraUse
 from stylefast.runtime.plan.control import Control
 from stylefast.runtime.plan.request import Request, check_size
+from stylefast.runtime.plan.windows import Windows, window_count
 from stylefast.sampling.guidance import (
     BRANCHES,
     FULL,
@@ -70,6 +71,7 @@ class Sample:
     first: int = 0  # the step from which it has rows: its own beginning, or that of the first that reads it
     reference_of: ReferenceStyle | None = None  # the style whose reference this sample is
     reader: ReferenceStyle | None = None  # how this sample reads its references
+    window_of: "Sample | None" = None  # of a window: the first window of its picture, which is the one returned
     leads: bool = False  # first of a group whose members are each other's references
     loras: tuple[LoraUse, ...] = ()  # set by the planner
     controls: tuple[Control, ...] = ()  # pictures that steer it
@@ -138,9 +140,10 @@ def plan_samples(
     members of a group can't run step by step together.
     """
     targets = [_target(i, request, schedule_of, native_size) for i, request in enumerate(requests)]
+    windows = [window for target in targets for window in _further_windows(target)]
     hidden: dict[tuple, Sample] = {}
     groups: dict[int, list[Sample]] = {}
-    for target in targets:
+    for target in [*targets, *windows]:
         style = target.request.reader
         if style is None:
             continue
@@ -162,6 +165,7 @@ def plan_samples(
             key += tuple(id(other) for other in shared_styles(target.request, style))
             key += tuple(target.request.lora_scales.items())
             key += tuple(id(one) for one in target.controls if one.of_reference() is not None)
+            key += () if target.window_of is None else (id(target.window_of),)
             if key not in hidden:
                 hidden[key] = _reference(target, style, i, picture, schedule_of)
             reference = hidden[key]
@@ -171,7 +175,7 @@ def plan_samples(
 
     for members in groups.values():
         _join_group(members)
-    everyone = targets + list(hidden.values())
+    everyone = [*targets, *hidden.values(), *windows]
     for sample in everyone:
         sample.require(sample.weights)
         sample.first = sample.begin
@@ -190,12 +194,26 @@ def _target(index: int, request: Request, schedule_of: Callable[[Request, int], 
         begin, size = first_step(request.steps, request.upscale_strength), enlarged(size, request.upscale)
     elif request.image is not None:
         begin = first_step(request.steps, request.strength)
+    elif request.window is not None:
+        size = request.window
     context = next((s.context_guidance for s in request.styles if s.context_guidance is not None), None)
     weights = guidance_weights(request.guidance, context)
     schedule = schedule_of(request, begin)
-    return Sample(
+    target = Sample(
         request, request.prompt, schedule, size, weights, output=index, begin=begin, controls=request.controls
     )
+    target.window_of = None if request.window is None else target
+    return target
+
+
+def _further_windows(target: Sample) -> list[Sample]:
+    """Return all windows of a target's picture but the first, which is the target itself."""
+    request = target.request
+    if request.window is None or request.size is None or request.window_stride is None:
+        return []
+    count = window_count(request.size, request.window, request.window_stride, request.wrap)
+    same = (request, target.prompt, target.schedule, target.size, target.weights)
+    return [Sample(*same, window_of=target) for _ in range(count - 1)]
 
 
 def enlarged(size: tuple[int, int], factor: float) -> tuple[int, int]:
@@ -237,8 +255,8 @@ def connected(samples: Sequence[Sample]) -> list[list[Sample]]:
         return sample
 
     for sample in samples:
-        for reference in sample.references:
-            parent[root(reference)] = root(sample)
+        for other in [*sample.references, sample.window_of or sample]:
+            parent[root(other)] = root(sample)
     sets: dict[Sample, list[Sample]] = {}
     for sample in samples:
         sets.setdefault(root(sample), []).append(sample)
@@ -349,6 +367,8 @@ class SampleGroup:
     ):
         self.samples, self.conditions, self.pins = list(samples), conditions, pins
         self.latent_shape = latent_shape  # (channels, h, w)
+        self._windowed = [i for i, sample in enumerate(samples) if sample.window_of is not None]
+        self.windows = windows_of(samples[self._windowed[0]], latent_shape) if self._windowed else None
         self.step = self.first = min(sample.first for sample in samples)
         self.put(np.zeros(0, dtype=np.int64), torch.device("cpu"))
         # of an inversion, all latents [channels, h, w] that it has passed, the first before any step
@@ -396,11 +416,18 @@ class SampleGroup:
             if sample.request.mask is not None
         ]
         self.places = torch.from_numpy(slots).to(device)
+        if self.windows is not None and len(slots):
+            self.window_places = self.places[self._windowed]
         self.shown = torch.from_numpy(slots[np.array(asked, dtype=bool)]).to(device)
 
     @property
+    def shown_shape(self) -> tuple[int, int, int]:
+        """Return (channels, h, w) of the pictures that are returned."""
+        return self.latent_shape if self.windows is None else self.windows.shape
+
+    @property
     def pictures(self) -> int:
-        """Return the number of pictures, including references that are not returned."""
+        """Return the number of pictures, including windows, and references that are not returned."""
         return len(self.samples)
 
     @property
@@ -438,7 +465,12 @@ class SampleGroup:
         Also returns what an inpainting model sees beside them, [pictures, 5, h, w]; None for other models.
         """
         beside = [sample.mask_inputs for sample in self.samples if sample.mask_inputs is not None]
-        return torch.stack([self._first_of(sample) for sample in self.samples]), torch.stack(beside) if beside else None
+        latents = torch.stack([self._first_of(sample) for sample in self.samples])
+        if self.windows is not None:
+            first = self.samples[self._windowed[0]]
+            noise = first_noise(first.request, self.windows.shape, self._generators[first])
+            latents[self._windowed] = self.windows.cut(noise * first.schedule.init_noise_scale)
+        return latents, torch.stack(beside) if beside else None
 
     def noise(self) -> torch.Tensor:
         """Return the noise of the current step, [pictures, channels, h, w]; drawn once per step."""
@@ -447,14 +479,20 @@ class SampleGroup:
             for i, sample in enumerate(self.samples):
                 if self.step < self._held_until(sample):
                     noise[i] = self.pins[sample](self.step + 1)
-                elif sample.schedule.uses_noise:
-                    noise[i] = self._noise_of(sample)
+                elif sample.schedule.uses_noise and sample.window_of is None:
+                    noise[i] = self._noise_of(sample, self.latent_shape)
+            if self.windows is not None and self.samples[self._windowed[0]].schedule.uses_noise:
+                noise[self._windowed] = self.windows.cut(
+                    self._noise_of(self.samples[self._windowed[0]], self.windows.shape)
+                )
             self._drawn = (self.step, noise)
         return self._drawn[1]
 
     def _first_of(self, sample: Sample) -> torch.Tensor:
         if sample.start is not None:
             return sample.start.float().cpu()
+        if sample.window_of is not None:
+            return torch.zeros(self.latent_shape)  # a part of the whole picture's noise
         noise = first_noise(sample.request, self.latent_shape, self._generators[sample])
         # what is repainted at full strength begins with noise alone, as in diffusers
         if sample in self.pins and (sample.begin or sample.request.mask is None):
@@ -465,8 +503,17 @@ class SampleGroup:
         """Return the step before which the latents of a sample are given by its pin."""
         return 0 if sample not in self.pins else self.steps if sample.pinned else sample.begin
 
-    def _noise_of(self, sample: Sample) -> torch.Tensor:
-        return torch.randn(self.latent_shape, generator=self._generators[sample], dtype=torch.float32)
+    def _noise_of(self, sample: Sample, shape: tuple[int, int, int]) -> torch.Tensor:
+        return torch.randn(shape, generator=self._generators[sample], dtype=torch.float32)
+
+
+def windows_of(sample: Sample, latent_shape: tuple[int, int, int]) -> Windows:
+    """Return the windows of a sample that is one; latent_shape: (channels, h, w) of a window's latents."""
+    request, (channels, height, width) = sample.request, latent_shape
+    assert request.size is not None and request.window_stride is not None
+    scale = sample.size[0] // width
+    whole = channels, request.size[1] // scale, request.size[0] // scale
+    return Windows(whole, (height, width), request.window_stride // scale, request.wrap)
 
 
 def noise_generator(request: Request) -> torch.Generator:
