@@ -3,7 +3,7 @@
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -24,6 +24,7 @@ from stylefast.models.checkpoint import (
 from stylefast.models.control_net import ControlNet
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter
+from stylefast.models.layout import checked_layers
 from stylefast.models.load_options import check_engine_options, sort_options
 from stylefast.models.lora import LoraSet
 from stylefast.models.pictures import PictureSource
@@ -39,13 +40,15 @@ from stylefast.runtime.backends.choice import check_backend, make_backend
 from stylefast.runtime.banks.baking import BakeCallback, bake, bake_request
 from stylefast.runtime.controls import ControlNets
 from stylefast.runtime.decoding import Decoder, to_pil
-from stylefast.runtime.jobs import Call, Job, StepCallback
+from stylefast.runtime.explaining import ExplainJob, arrays, check_point, check_steps
+from stylefast.runtime.jobs import Call, Job, Make, StepCallback
 from stylefast.runtime.loras import Lora, Loras
 from stylefast.runtime.memory import MemoryBudget, check_limit, held_bytes, memory_report
 from stylefast.runtime.plan.checks import as_list, check_deadline, check_output, prompts_of
 from stylefast.runtime.plan.control import Control
 from stylefast.runtime.plan.notices import Notices
 from stylefast.runtime.plan.request import ControlLike, LoraStrength, Request, Result, StyleLike
+from stylefast.runtime.plan.sample import enlarged
 from stylefast.runtime.runner import Runner
 from stylefast.runtime.scheduler import Scheduler
 from stylefast.runtime.steps.conditions import ConditionStore
@@ -55,6 +58,10 @@ from stylefast.threads import fit_to_quota
 
 if TYPE_CHECKING:
     from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
+
+    from stylefast.explanation import Explanation
+
+AnyJob = TypeVar("AnyJob", bound=Job)
 
 __all__ = ["Engine", "Request", "Result"]
 
@@ -424,6 +431,59 @@ class Engine:
         self.scheduler.submit(job)
         return job
 
+    def explain(
+        self,
+        request: Request,
+        point: tuple[int, int],
+        *,
+        layers: str | Sequence[str] = "all",
+        steps: Sequence[int] | None = None,
+    ) -> "Explanation":
+        """Draw a request's picture once more, alone, and return what a point of it read of its references.
+
+        Other requests run as always; only the steps of this one compute attention maps, and in PyTorch.
+
+        Args:
+            point: (x, y) in pixels of the picture.
+            layers: "all", or parts of layer names, such as "up_blocks.0.attentions.1".
+            steps: their numbers, from 1; None: all.
+
+        Raises StyleError for a request without references and image prompts, or layers that the model does not have,
+        InvalidRequest for anything else out of range, and errors of `generate`.
+
+        Examples:
+            >>> neon = sf.StyleAligned(engine.references()["neon"])
+            >>> found = engine.explain(sf.Request("a fish", style=neon, steps=4), point=(32, 32))
+            >>> found.reference_map().shape, found.image.size
+            ((8, 8), (64, 64))
+        """
+        from stylefast.explanation import Explanation, ImagePrompt, SharedAttention
+
+        self.runner.check_open()
+        if not isinstance(request, Request):
+            raise InvalidRequest("explain takes a Request; wrap a prompt as sf.Request('a boat', style=...)")
+        size = enlarged(request.size or self.native_size, request.upscale)
+        names = [layer.name for layer in self.unet.layout.layers]
+        chosen = self.unet.layout.matching(checked_layers(layers))
+        wanted = check_steps(steps)
+        self._open("pil")
+        job = self._job(
+            ExplainJob,
+            [request],
+            make=self._explained,
+            point=check_point(point, size),
+            layers=[i for i, one in enumerate(chosen) if one],
+            steps=wanted,
+        )
+        image, references = self.scheduler.run(job)
+        return Explanation(
+            image,
+            (int(point[0]), int(point[1])),
+            references or (None,) * max((len(found.references) for _, found in job.shared), default=0),
+            tuple(SharedAttention(step, names[found.layer], *arrays(found)) for step, found in job.shared),
+            tuple(ImagePrompt(step, names[found.layer], found.share.numpy()) for step, found in job.image),
+        )
+
     def memory(self) -> dict[str, Any]:
         """Return the bytes that the engine holds, by purpose; see `runtime.memory.memory_report`."""
         return memory_report(self)
@@ -519,12 +579,12 @@ class Engine:
             version=stylefast.__version__,
         )
 
-    def _job(self, kind: type[Job], requests: Sequence[Request], **options: Any) -> Job:
+    def _job(self, kind: type[AnyJob], requests: Sequence[Request], make: Make | None = None, **options: Any) -> AnyJob:
         """Return a job for requests, planned for the model as it is. Raises InvalidRequest or a subclass."""
         loras = {name: self.loras[name] for request in requests for name in request.lora_scales}
         job = kind(
             requests,
-            self._made,
+            make or self._made,
             self.scheduler.cancel,
             metadata=self._metadata(requests, loras),
             inside=self.scheduler.inside,
@@ -576,6 +636,13 @@ class Engine:
         kept = [sample.pin[1].kept if sample.pin and sample.request.mask is not None else None for sample in targets]
         wraps = [request.wrap for request in job.requests]
         return self._result([latents[i] for i in range(len(job.requests))], kept, wraps, job.metadata, job.output)
+
+    def _explained(self, job: Job, latents: Mapping[int, torch.Tensor]) -> Generator[None, None, tuple]:
+        """Return the generator of the picture of an `ExplainJob` and of those of its references."""
+        result = yield from self._made(job, latents)
+        rest = [latents[i] for i in sorted(latents) if i]
+        references = yield from self.decoder.images(rest, self.runner.beside, [False] * len(rest))
+        return result.images[0], tuple(to_pil(reference) for reference in references)
 
     def _current_fingerprint(self) -> str:
         loras = self.merged_loras.fingerprint

@@ -264,7 +264,7 @@ def row_table(unet: UNet, rows: list[tuple], step: int) -> tuple[ImageKV | None,
     table.text_page[:] = torch.arange(len(rows))
     arrays = {name: column.numpy() for name, column in table._asdict().items()}
     written.write(arrays, np.array([len(read) for read in pages]))
-    # whose statistics AdaIN and norms take; AdaIN itself is SelfAttention._adain in models/unet.py
+    # whose statistics AdaIN and norms take; AdaIN itself is `adain` in models/unet.py
     written.write_pages(arrays, np.array([read[0] if read else NO_PAGE for read in pages]))
     images: list[Segment] = []
     for i, (read, seen) in enumerate(zip(pages, segments, strict=True)):

@@ -95,8 +95,8 @@ MUTANTS = (
     Mutant(
         "text of each row ignored",
         "stylefast/models/row_table.py",
-        "return CrossInputs(*self.text_kv[layer], rows.text_page, self.text_lengths, images)",
-        "return CrossInputs(*self.text_kv[layer], torch.zeros_like(rows.text_page), self.text_lengths, images)",
+        "return CrossInputs(*self.text_kv[layer], rows.text_page, self.text_lengths, images, keep)",
+        "return CrossInputs(*self.text_kv[layer], torch.zeros_like(rows.text_page), self.text_lengths, images, keep)",
         "tests/engine/test_plain.py::test_a_negative_prompt_equals_diffusers",
         "all rows would read the first row's prompt",
     ),
@@ -167,8 +167,8 @@ MUTANTS = (
     Mutant(
         "texts read beyond their length",
         "stylefast/models/row_table.py",
-        "return CrossInputs(*self.text_kv[layer], rows.text_page, self.text_lengths, images)",
-        "return CrossInputs(*self.text_kv[layer], rows.text_page, None, images)",
+        "return CrossInputs(*self.text_kv[layer], rows.text_page, self.text_lengths, images, keep)",
+        "return CrossInputs(*self.text_kv[layer], rows.text_page, None, images, keep)",
         "tests/engine/test_prompts.py::test_a_batch_of_all_lengths_and_syntaxes_equals_the_short_form_and_each_alone",
         "a short prompt beside a long one would attend to nothing's keys",
     ),

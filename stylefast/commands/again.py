@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image, ImageChops
 
 from stylefast.commands.control_options import check_controls
+from stylefast.commands.explaining import check_explain, check_place, explain
 from stylefast.commands.files import read_metadata
 from stylefast.commands.generate import check_loras, check_schedules, destination_of, load, make, save
 from stylefast.commands.model_options import (
@@ -61,6 +62,7 @@ def run_again(arguments: argparse.Namespace) -> int:
     call = _with_pictures(metadata["call"], arguments)
     requests = from_record(call, Path(arguments.source).expanduser().resolve().parent, choice.folder)
     check_schedules(requests)
+    check_explain(arguments, requests)
     check_loras(requests, [lora.name for lora in choice.row_lora])
     check_controls(requests, [net.name for net in choice.control_net])
     place = metadata["index"]
@@ -88,6 +90,7 @@ def run_again(arguments: argparse.Namespace) -> int:
                 f"the control network {quoted(name)} has other weights than the one that made {arguments.source}",
                 "--control-net",
             )
+    check_place(engine, requests[place], arguments)
     result = make(engine, requests, arguments.quiet)
     now = result.metadata[place]
     for key in ("versions", "device", "dtype"):
@@ -100,7 +103,8 @@ def run_again(arguments: argparse.Namespace) -> int:
         else:
             print(_comparison(before, result.images[place], arguments.source), file=sys.stderr)
     kept = Result([result.images[place]], [result.latents[place]], [now])
-    save(destination, kept, loaded, arguments.grid)
+    paths = save(destination, kept, loaded, arguments.grid)
+    explain(engine, requests[place], arguments, paths[0])
     return 0
 
 
@@ -294,7 +298,7 @@ def _files_of(style: Mapping) -> Iterator[str]:
     from stylefast.record_values import is_bank
 
     stages = style.get("stages")
-    sources = [style.get("embedding"), style.get("path"), style.get("image_embeds")]
+    sources = [style.get(name) for name in ("embedding", "path", "towards", "image_embeds")]
     sources += stages.values() if isinstance(stages, Mapping) else ()
     if is_bank(style.get("reference")):
         sources.append(style["reference"])

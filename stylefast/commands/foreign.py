@@ -9,6 +9,7 @@ from typing import Any
 
 from stylefast import values
 from stylefast.commands.control_options import check_controls
+from stylefast.commands.explaining import check_explain, check_place, explain
 from stylefast.commands.generate import check_schedules, destination_of, load, make, requests_of, save
 from stylefast.commands.model_options import Lora, ModelChoice
 from stylefast.commands.notices import warn
@@ -50,12 +51,15 @@ def run_foreign(arguments: argparse.Namespace, text: str) -> int:
     requests = foreign_requests(arguments, parameters, choice.folder, {lora.name: lora.strengths for lora in used})
     check_controls(requests, [net.name for net in choice.control_net])
     check_schedules(requests)
+    check_explain(arguments, requests)
     prompts = [request.prompt for request in requests]
     destination = destination_of(arguments, prompts)
     _tell(arguments.source, parameters, own)
     loaded = choice.recorded()
     engine = load(choice, arguments.quiet)
-    save(destination, make(engine, requests, arguments.quiet), loaded, arguments.grid)
+    check_place(engine, requests[0], arguments)
+    paths = save(destination, make(engine, requests, arguments.quiet), loaded, arguments.grid)
+    explain(engine, requests[0], arguments, paths[0])
     return 0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stylefast.commands.control_options import add_control_arguments, check_controls, controls_of, parse_interval
+from stylefast.commands.explaining import add_explain_arguments, check_explain, check_place, explain
 from stylefast.commands.model_options import ControlFile, Lora, ModelChoice, add_model_arguments, found_lora
 from stylefast.errors import InvalidRequest
 from stylefast.values import did_you_mean, listed, quoted, shown, shown_path
@@ -26,6 +27,7 @@ EXAMPLES = """examples:
   stylefast generate "a cat" -n 4 --lora watercolor.safetensors:0.8 --model my-sdxl
   stylefast generate "a house in snow" --image photo.jpg --strength 0.5
   stylefast generate "a red door" --image photo.jpg --mask door.png
+  stylefast generate "a fish" --style-image photo.jpg --explain 300,512
   stylefast generate --requests calls.json --out pictures
   stylefast generate --from pictures/0001-a-fish.png --out again.png
   stylefast generate --from theirs.png --lora watercolor.safetensors --model my-sdxl
@@ -61,6 +63,8 @@ _CALL_OPTIONS = (
     "content",
     "content_scale",
     "learned",
+    "towards",
+    "share",
     "context",
     "image",
     "strength",
@@ -237,7 +241,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|FILE",
         help="a learned style: a file, or the name of one that comes with the model; may be repeated",
     )
+    group("--towards", metavar="NAME|FILE", help="another learned style, towards which the one of --learned is turned")
+    group("--share", type=float, help="with --towards: how far, 0 to 1 (default: 0.5)")
     group("--context", metavar="TEXT", help="words about the content, placed before the learned style's clause")
+    add_explain_arguments(parser.add_argument_group("a look inside").add_argument)
     add_model_arguments(parser)
 
 
@@ -272,12 +279,15 @@ def run(arguments: argparse.Namespace) -> int:
     check_loras(requests, [lora.name for lora in choice.row_lora])
     check_controls(requests, [net.name for net in choice.control_net])
     check_schedules(requests)
+    check_explain(arguments, requests)
     prompts = [request.prompt for request in requests]
     destination = destination_of(arguments, prompts)
     loaded = choice.recorded()  # early: a file deleted or changed meanwhile must not cost finished pictures
     engine = load(choice, arguments.quiet)
+    check_place(engine, requests[0], arguments)
     result = make(engine, requests, arguments.quiet)
-    save(destination, result, loaded, arguments.grid)
+    paths = save(destination, result, loaded, arguments.grid)
+    explain(engine, requests[0], arguments, paths[0])
     return 0
 
 

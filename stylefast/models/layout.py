@@ -10,12 +10,12 @@ Two orders matter and are easy to confuse:
   order of diffusers' `attn_processors` (down, up, mid): the order of IP-Adapter's keys and of `only_self_level`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from stylefast import values
-from stylefast.errors import ModelFormatError
+from stylefast.errors import ModelFormatError, StyleError
 
 STYLE_MODULE = "up_blocks.0.attentions.1"
 LAYOUT_MODULE = "down_blocks.2.attentions.1"
@@ -195,9 +195,38 @@ class AttentionLayout:
         """Return name of a transformer block -> its index in registry order."""
         return {layer.name: i for i, layer in enumerate(self.layers)}
 
+    def matching(self, layers: str | Sequence[str]) -> tuple[bool, ...]:
+        """Return which layers are meant by "all", or by parts of their names. Raises StyleError if none is."""
+        chosen = layers if isinstance(layers, str) else tuple(layers)
+        return _matching(chosen, tuple(layer.name for layer in self.layers), self.modules)
+
     def ip_adapter_key(self, layer: int) -> int:
         """Return the number of layer `layer` in IP-Adapter files: odd, because they count self-attention too."""
         return 2 * layer + 1
+
+
+@lru_cache(maxsize=64)
+def _matching(layers: str | tuple[str, ...], names: tuple[str, ...], modules: tuple[str, ...]) -> tuple[bool, ...]:
+    if layers == "all":
+        return (True,) * len(names)
+    patterns = [layers] if isinstance(layers, str) else list(layers)
+    chosen = tuple(any(pattern in f"{name}." for pattern in patterns) for name in names)
+    if not any(chosen):
+        raise StyleError(
+            f"layers={values.quoted(layers)} matches no self-attention layer; modules are {', '.join(modules)}"
+            f"{values.did_you_mean(patterns[0], {name.split('.')[0] for name in names} | {*modules})}"
+        )
+    return chosen
+
+
+def checked_layers(layers: object) -> str | tuple[str, ...]:
+    """Return "all", or parts of layer names, for `AttentionLayout.matching`. Raises StyleError."""
+    if isinstance(layers, str):
+        return values.text("layers", layers, empty=False, error=StyleError)
+    several = values.entries(layers)
+    if not several:
+        raise StyleError(f"layers is {values.quoted(layers)}; it must be 'all', or substrings of layer names")
+    return tuple(values.text(f"layers[{i}]", one, empty=False, error=StyleError) for i, one in enumerate(several))
 
 
 def check_architecture(config: Mapping) -> None:

@@ -21,7 +21,7 @@ from stylefast.kernels.shared_attention import CONCAT as CONCAT
 from stylefast.kernels.shared_attention import PLAIN, Pool, References
 from stylefast.kernels.shared_attention import SWAP as SWAP
 from stylefast.models.prepacked import Conv2d, Linear
-from stylefast.models.row_features import RowFeatures
+from stylefast.models.row_features import Recorder
 from stylefast.models.row_loras import LoraInputs, StepLoras
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]  # two tensors [pages, tokens, heads, d]
@@ -169,7 +169,7 @@ class SelfInputs(NamedTuple):
     adain_strength: torch.Tensor  # [rows, 3]
     pool: Pool | None = None
     pool_stats: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)  # means, variances
-    keep: Callable[..., None] | None = None  # method of `RowFeatures`, while baking a reference
+    keep: Callable[..., None] | None = None  # method of a `Recorder`, while a step is recorded
 
 
 class CrossInputs(NamedTuple):
@@ -180,6 +180,7 @@ class CrossInputs(NamedTuple):
     text_page: torch.Tensor  # [rows]
     text_lengths: torch.Tensor | None = None  # [text pages]: tokens in use; None: all
     images: ImageSegments | None = None
+    keep: Callable[..., None] | None = None
 
 
 class NormInputs(NamedTuple):
@@ -203,7 +204,7 @@ class LayerInputs(NamedTuple):
     image_kv: ImageKV | None
     pages: StylePages | None
     masks: tuple[torch.Tensor, ...]  # per attention level [masks, tokens]
-    features: RowFeatures | None = None
+    recorder: Recorder | None = None
     # computed for all layers at once: per layer, these small operations would cost as much as a small batch's attention
     modes: torch.Tensor | None = None  # [layers, rows], PLAIN if a layer is inactive
     adain_pages: torch.Tensor | None = None  # [layers, rows], NO_PAGE if a layer is inactive
@@ -219,7 +220,7 @@ class LayerInputs(NamedTuple):
         image_kv: ImageKV | None,
         pages: StylePages | None,
         masks: tuple[torch.Tensor, ...],
-        features: RowFeatures | None = None,
+        recorder: Recorder | None = None,
         loras: StepLoras | None = None,
         text_lengths: torch.Tensor | None = None,
     ) -> "LayerInputs":
@@ -229,7 +230,7 @@ class LayerInputs(NamedTuple):
             active = rows.self_layers.T
             modes = torch.where(active, rows.self_mode, PLAIN)
             adain_pages = torch.where(active, rows.adain_page, NO_PAGE)
-        return cls(time, rows, text_kv, image_kv, pages, masks, features, modes, adain_pages, loras, text_lengths)
+        return cls(time, rows, text_kv, image_kv, pages, masks, recorder, modes, adain_pages, loras, text_lengths)
 
     def lora(self, layer: Linear | Conv2d) -> LoraInputs | None:
         """Return what the rows' LoRAs add to a layer; None if no row uses one."""
@@ -237,14 +238,14 @@ class LayerInputs(NamedTuple):
 
     def self_attention(self, layer: int) -> SelfInputs:
         """Return the inputs of self-attention `layer`."""
-        rows, pages, features = self.rows, self.pages, self.features
+        rows, pages, recorder = self.rows, self.pages, self.recorder
         mode, adain_page, pool, pool_stats = rows.self_mode, rows.adain_page, None, (None, None)
         if self.modes is not None and self.adain_pages is not None:
             mode, adain_page = self.modes[layer], self.adain_pages[layer]
             if pages is not None:
                 pool, pool_stats = Pool(*pages.layers[layer]), (pages.means[layer], pages.variances[layer])
         references = References(rows.self_page, mode, rows.self_scale, rows.self_shift)
-        keep = None if features is None else partial(features.keep_attention, layer)
+        keep = None if recorder is None else partial(recorder.keep_attention, layer)
         return SelfInputs(references, adain_page, rows.adain_strength, pool, pool_stats, keep)
 
     def cross_attention(self, layer: int, module: int, level: int) -> CrossInputs:
@@ -260,11 +261,12 @@ class LayerInputs(NamedTuple):
                 self.masks[level] if self.masks else None,
                 rows.image_mask,
             )
-        return CrossInputs(*self.text_kv[layer], rows.text_page, self.text_lengths, images)
+        keep = None if self.recorder is None else partial(self.recorder.keep_cross, layer)
+        return CrossInputs(*self.text_kv[layer], rows.text_page, self.text_lengths, images, keep)
 
     def norm(self, index: int) -> NormInputs:
         """Return the inputs of group norm `index`."""
-        keep = None if self.features is None else partial(self.features.keep_norm, index)
+        keep = None if self.recorder is None else partial(self.recorder.keep_norm, index)
         if self.rows.norm_page.shape[0] == 0:
             return NormInputs(None, keep=keep)
         if self.pages is None:

@@ -33,7 +33,7 @@ from stylefast.models.layout import AttentionLayout, BlockShape, UNetShape, chec
 from stylefast.models.module_lists import list_of
 from stylefast.models.prepacked import Conv2d, Linear
 from stylefast.models.residuals import Residuals, with_inside, with_kept
-from stylefast.models.row_features import RowFeatures
+from stylefast.models.row_features import Recorder
 from stylefast.models.row_loras import BlockLoras, LoraInputs, LoraLayout, LoraProducts, ResnetLoras, StepLoras
 from stylefast.models.row_table import (
     CrossInputs,
@@ -86,16 +86,10 @@ class SelfAttention(nn.Module):
             row_lora.run(x, *loras[0].pool, *loras[0].rows, 1, 0, qkv)
         q, k, v = (_split(part, self.heads) for part in qkv)
         if inputs.keep is not None:
-            inputs.keep(x, q, k, v)
-        affine = self._adain(q, k, v, inputs) if inputs.references.page.shape[1] else None
+            inputs.keep(inputs, x, q, k, v)
+        affine = adain(q, k, v, inputs) if inputs.references.page.shape[1] else None
         out = shared_attention.run(q, k, v, inputs.references, affine, inputs.pool)
         return self.to_out[0](out.flatten(2), loras and loras[1])
-
-    def _adain(self, q, k, v, inputs: SelfInputs) -> Affine:
-        """Return gains and offsets that move every row's q, k, v to the statistics of its AdaIN page."""
-        table = (inputs.adain_page, inputs.adain_strength, *inputs.pool_stats)
-        # no check for finite statistics: the runner reports pictures that overflow, and they must not stop the others
-        return Affine(*adain_affine.run(*token_stats.run([q, k, v]), *table, False))
 
 
 class CrossAttention(nn.Module):
@@ -112,7 +106,9 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, inputs: CrossInputs, loras: _Loras = None):  # [rows, tokens, channels]
         q = _split(self.to_q(x, loras and loras[0]), self.heads)
-        out = gated_cross_attention.run(q, *inputs)
+        if inputs.keep is not None:
+            inputs.keep(inputs, q)
+        out = gated_cross_attention.run(q, *inputs[:-1])
         return self.to_out[0](out.flatten(2), loras and loras[1])
 
 
@@ -393,13 +389,13 @@ class UNet(Encoder):
         pages: StylePages | None = None,
         masks: tuple[Tensor, ...] = (),  # per attention level [masks, tokens]
         residuals: Sequence[Residuals] = (),  # of control networks
-        features: RowFeatures | None = None,  # records the rows' features as references
+        recorder: Recorder | None = None,  # of the step
         loras: StepLoras | None = None,  # of the rows; those that `embed` was given
         text_lengths: Tensor | None = None,  # [text pages] int64: tokens in use; None: all
     ) -> Tensor:
         """Evaluate the model once. Returns its output [rows, 4, h, w]."""
         time = F.silu(time_embedding)
-        condition = LayerInputs.of(time, rows, text_kv, image_kv, pages, masks, features, loras, text_lengths)
+        condition = LayerInputs.of(time, rows, text_kv, image_kv, pages, masks, recorder, loras, text_lengths)
         x = self.conv_in(latents, condition.lora(self.conv_in))
         skips = [x]
         for i, block in enumerate(self.down_blocks):
@@ -432,6 +428,13 @@ class UNet(Encoder):
                 x = block.resample(x, condition, skips[-1].shape[2:])
         x = self.conv_norm_out(x, condition.norm(self.conv_norm_out.index))
         return self.conv_out(x, condition.lora(self.conv_out))
+
+
+def adain(q: Tensor, k: Tensor, v: Tensor, inputs: SelfInputs) -> Affine:
+    """Return gains and offsets that move every row's q, k, v to the statistics of its AdaIN page."""
+    table = (inputs.adain_page, inputs.adain_strength, *inputs.pool_stats)
+    # no check for finite statistics: the runner reports pictures that overflow, and they must not stop the others
+    return Affine(*adain_affine.run(*token_stats.run([q, k, v]), *table, False))
 
 
 def _affine(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:

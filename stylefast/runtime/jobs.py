@@ -15,7 +15,7 @@ import torch
 
 from stylefast import values
 from stylefast.errors import DeadlineExceeded, EngineClosed, InvalidRequest, JobCancelled, OutOfMemory
-from stylefast.models.row_features import RowFeatures
+from stylefast.models.row_features import Recorder
 from stylefast.runtime.admission import RequestPlanner
 from stylefast.runtime.helper import AGAIN
 from stylefast.runtime.loras import Lora
@@ -240,8 +240,8 @@ class Job:
         """Return whether a group need not wait for others of its job."""
         return True
 
-    def before_step(self, runner: Runner, group: SampleGroup) -> RowFeatures | None:
-        """Return the collector of row features for the next step of a group, for a job that `collects`."""
+    def before_step(self, runner: Runner, group: SampleGroup) -> Recorder | None:
+        """Return what records the next step of a group, for a job that `collects`."""
         return None
 
     def after_step(self, runner: Runner, groups: Sequence[SampleGroup]) -> Sequence[Callable[[], None]]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from stylefast.errors import EngineClosed, ExportError, NumericsError, OutOfMemory, StyleFastError
-from stylefast.models.row_features import RowFeatures
+from stylefast.models.row_features import Recorder
 from stylefast.models.unet import UNet
 from stylefast.runtime.backends.base import Backend, LatentSlots, ModelInputs, run_step
 from stylefast.runtime.banks.bank_pages import BankPages, pages_of
@@ -149,13 +149,7 @@ class Runner:
 
     def shown_of(self, group: SampleGroup) -> torch.Tensor:
         """Return the latents of the requested pictures, without references; does not wait for the device."""
-        return self._shown(group, self.latents[group.latent_shape].latents)
-
-    def _shown(self, group: SampleGroup, buffer: torch.Tensor) -> torch.Tensor:
-        """Return the part of a buffer of all slots that belongs to the requested pictures, windows joined."""
-        if group.windows is not None:
-            return group.windows.join(buffer[group.window_places])[None]
-        return buffer[group.shown]
+        return _shown(group, self.latents[group.latent_shape].latents)
 
     def results_of(self, group: SampleGroup) -> dict[int, torch.Tensor]:
         """Return output number -> latents [channels, h, w] of the requested pictures."""
@@ -165,7 +159,7 @@ class Runner:
     def denoised_of(self, group: SampleGroup) -> torch.Tensor:
         """Return those pictures' last noise-free estimates [shown, channels, h, w], or latents before any step."""
         state = self.latents[group.latent_shape]
-        return self._shown(group, state.history[:, 0] if group.done else state.latents)
+        return _shown(group, state.history[:, 0] if group.done else state.latents)
 
     def rows_that_fit(self, latent_size: tuple[int, int]) -> int:
         """Return how many rows of one UNet call fit into memory, at most `max_rows` and the backend's limit."""
@@ -174,9 +168,9 @@ class Runner:
 
     @torch.inference_mode()
     def step(
-        self, groups: Sequence[SampleGroup], features: RowFeatures | None = None
+        self, groups: Sequence[SampleGroup], recorder: Recorder | None = None
     ) -> dict[SampleGroup, StyleFastError]:
-        """Run one step of groups of one size; return those that failed and why. `features` collects the rows' features.
+        """Run one step of groups of one size; return those that failed and why. `recorder` records it.
 
         If memory runs out, the step is tried again without what is kept for later requests. If it runs out again, or
         no exported graph fits the batch, halves are tried, down to single groups: only one that can't be run alone
@@ -189,12 +183,12 @@ class Runner:
         short: OutOfMemory | None = None
         began = time.perf_counter()
         try:
-            # features are those of the group's own rows, so no idle ones
-            with self._inputs(groups, padded=bool(self.buckets) and features is None) as inputs:
-                if features is None:
+            # what is recorded are the group's own rows, so no idle ones
+            with self._inputs(groups, padded=bool(self.buckets) and recorder is None) as inputs:
+                if recorder is None:
                     self.backend.run(*inputs)
                 else:
-                    run_step(self.unet, *inputs[1:], features)
+                    run_step(self.unet, *inputs[1:], recorder)
             self.calls += 1
             pictures = sum(g.pictures for g in groups)
             self.steps_run += pictures
@@ -215,7 +209,7 @@ class Runner:
                 if len(groups) > 1:
                     self.backend.reset()
                 if self.make_room():
-                    return self.step(groups, features)
+                    return self.step(groups, recorder)
                 if len(groups) == 1:
                     return {groups[0]: short}
             half = len(groups) // 2
@@ -242,7 +236,10 @@ class Runner:
             return None
         bad = [sample for sample, fine in zip(group.samples, good, strict=True) if not fine]
         outputs = {(sample.window_of or sample).output for sample in bad}  # once for all windows of a picture
-        return not_finite(sorted(output for output in outputs if output is not None), [str(use) for sample in bad for use in sample.loras])
+        return not_finite(
+            sorted(output for output in outputs if output is not None),
+            [str(use) for sample in bad for use in sample.loras],
+        )
 
     def staging(self, group: SampleGroup) -> Iterator[Callable[[], object]]:
         """Bring the first bank pages that a group reads, before it joins.
@@ -475,6 +472,13 @@ def joined(errors: Sequence[Exception]) -> Exception:
 
 def _power_of_two(count: int) -> int:
     return 1 if count <= 1 else 1 << (count - 1).bit_length()
+
+
+def _shown(group: SampleGroup, buffer: torch.Tensor) -> torch.Tensor:
+    """Return the part of a buffer of all slots that belongs to the requested pictures, windows joined."""
+    if group.windows is not None:
+        return group.windows.join(buffer[group.window_places])[None]
+    return buffer[group.shown]
 
 
 def _no_room(group: SampleGroup, error: BaseException) -> OutOfMemory:

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from stylefast.errors import EngineClosed, InvalidRequest, QueueFull, StyleFastError
-from stylefast.models.row_features import RowFeatures
+from stylefast.models.row_features import Recorder
 from stylefast.runtime import endings
 from stylefast.runtime.admission import Admission, HelperCall, Joining, RequestPlanner
 from stylefast.runtime.helper import Helper
@@ -313,7 +313,7 @@ class Scheduler:
         if batch:
             self._stepping = True
             try:
-                failed: dict[SampleGroup, Exception] = dict(self._runner.step(batch, self._features(batch[0])))
+                failed: dict[SampleGroup, Exception] = dict(self._runner.step(batch, self._recorder(batch[0])))
             except Exception as error:  # not known to concern only one group
                 failed = dict.fromkeys(batch, error)
             self._collect(batch, self._after(batch, failed))
@@ -470,8 +470,8 @@ class Scheduler:
         order = {g: i for i, g in enumerate(self._jobs)}
         return sorted(batch, key=lambda g: (self._jobs[g].number, order[g]))
 
-    def _features(self, group: SampleGroup) -> RowFeatures | None:
-        """Return what takes the features of a group's rows, if its job collects them."""
+    def _recorder(self, group: SampleGroup) -> Recorder | None:
+        """Return what records a group's next step, if its job wants that."""
         owner = self._jobs[group]
         return owner.before_step(self._runner, group) if owner.collects and owner not in self._joining else None
 

@@ -4,7 +4,6 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,7 +11,7 @@ import torch
 
 from stylefast import values
 from stylefast.errors import StyleError
-from stylefast.models.layout import AttentionLayout
+from stylefast.models.layout import AttentionLayout, checked_layers
 from stylefast.models.pictures import check_sources
 from stylefast.models.row_table import CONCAT, SWAP
 from stylefast.sampling.guidance import MAX_GUIDANCE
@@ -100,7 +99,7 @@ class StyleAligned(ReferenceStyle):
             "noise": values.one_of("StyleAligned noise", self.noise, NOISES, error=StyleError),
             "seed": values.seed("seed", self.seed, error=StyleError),
             "window": values.fractions("window", self.window, error=StyleError),
-            "layers": _checked_layers(self.layers),
+            "layers": checked_layers(self.layers),
             "adain": _checked_adain(self.adain),
         }
         for name in _FLAGS:
@@ -160,7 +159,7 @@ class StyleAligned(ReferenceStyle):
 
     def layer_mask(self, layout: AttentionLayout) -> torch.Tensor:
         """Return the layers that use the style, [layers] bool in registry order. Raises StyleError if none match."""
-        chosen = _matching(self.layers, tuple(layer.name for layer in layout.layers), tuple(layout.modules))
+        chosen = torch.tensor(layout.matching(self.layers))
         return chosen & ~plain_layers(len(chosen), self.only_self_level)
 
     # for the engine, see `Style` and `ReferenceStyle`
@@ -213,29 +212,6 @@ class StyleAligned(ReferenceStyle):
         if name == "reference" and sources.is_bank(value):
             return sources.bank(value)
         return super().read_field(name, value, sources)
-
-
-@lru_cache(maxsize=64)
-def _matching(layers: str | tuple[str, ...], names: tuple[str, ...], modules: tuple[str, ...]) -> torch.Tensor:
-    if layers == "all":
-        return torch.ones(len(names), dtype=torch.bool)
-    patterns = [layers] if isinstance(layers, str) else list(layers)
-    chosen = torch.tensor([any(pattern in f"{name}." for pattern in patterns) for name in names])
-    if not chosen.any():
-        raise StyleError(
-            f"layers={values.quoted(layers)} matches no self-attention layer; modules are {', '.join(modules)}"
-            f"{values.did_you_mean(patterns[0], {name.split('.')[0] for name in names} | {*modules})}"
-        )
-    return chosen
-
-
-def _checked_layers(layers) -> str | tuple[str, ...]:
-    if isinstance(layers, str):
-        return values.text("layers", layers, empty=False, error=StyleError)
-    several = values.entries(layers)
-    if not several:
-        raise StyleError(f"layers is {values.quoted(layers)}; it must be 'all', or substrings of layer names")
-    return tuple(values.text(f"layers[{i}]", one, empty=False, error=StyleError) for i, one in enumerate(several))
 
 
 def _checked_adain(adain) -> tuple[str, ...] | dict[str, float]:

@@ -10,6 +10,7 @@ from stylefast.engine import Engine
 from stylefast.infotext import sampler_name
 from stylefast.sampling.few_step import FEW_STEP_PRESETS
 from stylefast.sampling.schedule import SCHEDULERS
+from stylefast.styles.embeddings import StageEmbedding, load_embedding, save_embedding
 from tests.cli.conftest import pixels
 from tests.cli.test_errors import assert_one_line
 
@@ -55,10 +56,14 @@ def test_what_is_said_in_the_shell_changes_the_picture_and_from_says_it_again(
 def test_a_panorama_is_drawn_in_windows_and_drawn_again_from_itself(generate, stylefast, tmp_path):
     words = ("a house", "--steps", "2", "--size", "128x64", "--out")
     whole = generate(*words, tmp_path / "whole.png")[0]
-    wide = ("--window", "64x64", "--window-stride", "32", "--wrap", "--style-image", "neon")
+    wide = ("--window", "64x64", "--window-stride", "32", "--wrap", "--style-image", "blot")
     found = generate(*words, tmp_path / "wide.png", *wide)[0]
     assert Image.open(found).size == Image.open(whole).size == (128, 64)
-    assert (recorded(found)["window"], recorded(found)["window_stride"], recorded(found)["wrap"]) == ([64, 64], 32, True)
+    assert (recorded(found)["window"], recorded(found)["window_stride"], recorded(found)["wrap"]) == (
+        [64, 64],
+        32,
+        True,
+    )
     code, _, err = stylefast("generate", "--from", found, "--load-recorded", "--out", tmp_path / "again.png")
     assert code == 0 and "same pixels" in err
 
@@ -75,6 +80,61 @@ def test_a_panorama_is_drawn_in_windows_and_drawn_again_from_itself(generate, st
 def test_windows_that_make_no_sense_are_refused(stylefast, tmp_path, words, message):
     code, out, err = stylefast("generate", "a", *words, "--out", tmp_path / "a.png")
     assert code == 2 and message in err and not list(tmp_path.iterdir())
+
+
+def test_a_picture_is_explained_beside_it_and_again_from_it(generate, stylefast, tmp_path):
+    words = ("generate", "a fish", "--style-image", "neon", "--method", "both", "--steps", "3")
+    code, out, err = stylefast(*words, "--explain", "20,30", "--explain-steps", "1,3", "--out", tmp_path / "fish.png")
+    page = tmp_path / "fish-explained" / "index.html"
+    assert code == 0 and str(page) in out and "of its references" in err
+    assert {"picture.png", "reference-1-step-3.png", "image-prompt.png"} <= {
+        file.name for file in page.parent.iterdir()
+    }
+    words = ("generate", "--from", tmp_path / "fish.png", "--load-recorded", "--out", tmp_path / "again.png")
+    code, out, err = stylefast(*words, "--explain", "20,30", "--explain-layers", "mid_block")
+    assert code == 0 and "same pixels" in err and (tmp_path / "again-explained" / "index.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("a",), "--explain shows what a picture reads of references and image prompts; give it a style"),
+        (("a", "b", "--style-image", "neon"), "--explain shows one picture, and the call makes 2"),
+        (("a", "--style-image", "neon", "--explain", "here"), "--explain is 'here'; it must be X,Y in pixels"),
+        (("a", "--style-image", "neon", "--explain", "64,1"), "point's x is 64"),
+        (("a", "--style-image", "neon", "--explain-steps", "one"), "--explain-steps is 'one'"),
+    ],
+)
+def test_what_can_not_be_explained_is_refused_before_a_picture_is_made(stylefast, tmp_path, words, message):
+    code, out, err = stylefast("generate", "--explain", "1,1", *words, "--out", tmp_path)
+    assert code == 2 and message in err and not list(tmp_path.iterdir())
+
+
+def test_options_to_explain_need_a_point(stylefast, tmp_path):
+    code, out, err = stylefast("generate", "a", "--explain-steps", "1", "--out", tmp_path)
+    assert code == 2 and "--explain-steps needs --explain" in err
+
+
+def test_a_learned_style_is_turned_towards_another_and_drawn_again(generate, stylefast, model_folder, tmp_path):
+    own = next((model_folder / "styles").glob("*.safetensors"))
+    loaded = load_embedding(own, widths=None)
+    other = StageEmbedding("other", loaded.clip_l.flip(-1), loaded.clip_g.flip(-1), loaded.pooled_policy)
+    save_embedding(other, tmp_path / "other.safetensors")
+    words = ("a fish", "--learned", own.stem, "--steps", "2", "--out")
+    plain = generate(*words, tmp_path / "plain.png")[0]
+    between = ("--towards", tmp_path / "other.safetensors", "--share", "0.4")
+    turned = generate(*words, tmp_path / "turned.png", *between)[0]
+    assert pixels(plain) != pixels(turned)
+    code, _, err = stylefast("generate", "--from", turned, "--out", tmp_path / "again.png")
+    assert code == 2 and "other.safetensors" in err  # files that a picture names are not opened unasked
+    code, _, err = stylefast("generate", "--from", turned, "--load-recorded", "--out", tmp_path / "again.png")
+    assert code == 0 and "same pixels" in err
+    for wrong, message in (
+        (("--share", "0.4"), "--towards another"),
+        (("--learned", "x", *between), "give one --learned"),
+    ):
+        code, _, err = stylefast("generate", *map(str, words), tmp_path / "no.png", *wrong)
+        assert code == 2 and message in err
 
 
 @pytest.mark.parametrize("scheduler", FEW_STEP_PRESETS)

@@ -150,11 +150,11 @@ def test_batches_are_split_to_keep_the_limit(pipe, fresh, monkeypatch, drawn):
 def test_jobs_that_run_out_of_memory_beside_others_start_again_and_all_end(fresh, monkeypatch, drawn):
     step, seen = fresh.runner.step, []
 
-    def narrow(groups, features=None):
+    def narrow(groups, recorder=None):
         seen.append(fresh.runner.pictures)
         if fresh.runner.pictures > 2:  # however they are divided
             return {group: OutOfMemory("no room beside the others") for group in groups}
-        return step(groups, features)
+        return step(groups, recorder)
 
     monkeypatch.setattr(fresh.runner, "step", narrow)
     watch = Watch(fresh, monkeypatch)
@@ -190,9 +190,9 @@ def test_memory_that_runs_out_at_any_point_of_a_step_costs_no_job_beside_others(
 def test_a_job_that_does_not_fit_alone_fails_and_one_behind_it_runs(fresh, monkeypatch, drawn):
     step = fresh.runner.step
 
-    def narrow(groups, features=None):
+    def narrow(groups, recorder=None):
         large = [g for g in groups if g.steps == STEPS + 1]
-        return dict.fromkeys(groups, OutOfMemory("none")) if large else step(groups, features)
+        return dict.fromkeys(groups, OutOfMemory("none")) if large else step(groups, recorder)
 
     monkeypatch.setattr(fresh.runner, "step", narrow)
     watch = Watch(fresh, monkeypatch)
@@ -206,12 +206,12 @@ def test_a_job_that_does_not_fit_alone_fails_and_one_behind_it_runs(fresh, monke
 def test_a_job_that_gave_way_can_be_cancelled_and_starts_if_the_other_is_cancelled(fresh, monkeypatch, drawn):
     step, gone = fresh.runner.step, threading.Event()
 
-    def narrow(groups, features=None):
+    def narrow(groups, recorder=None):
         late = [g for g in groups if g.steps == STEPS + 1]
         if late and fresh.runner.pictures > len(late):
             gone.set()
-            return {**step([g for g in groups if g not in late], features), **dict.fromkeys(late, OutOfMemory("none"))}
-        return step(groups, features)
+            return {**step([g for g in groups if g not in late], recorder), **dict.fromkeys(late, OutOfMemory("none"))}
+        return step(groups, recorder)
 
     monkeypatch.setattr(fresh.runner, "step", narrow)
     watch = Watch(fresh, monkeypatch)

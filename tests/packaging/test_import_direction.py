@@ -44,9 +44,10 @@ ALLOWED = {
     "record_values": {"errors", "values", "models", "styles"},
     "record": BELOW_ENGINE | {"record_values"},
     # the package itself, for the version that goes into a picture's metadata
-    "engine": BELOW_ENGINE | {"record", "record_values", "stylefast", "threads"},
+    "engine": BELOW_ENGINE | {"record", "record_values", "explanation", "stylefast", "threads"},
     "naive": {"errors", "kernels", "models", "sampling", "styles", "runtime.plan.request"},
     "presentation": {"errors", "values"},
+    "explanation": {"errors", "values", "whole_files", "presentation"},
     # the package itself, for the version that pictures name
     "provenance": {"errors", "values", "stylefast"},
     "export": {"errors", "values", "code_caches", "whole_files", "slots", "threads", "kernels", "models"},

@@ -360,7 +360,7 @@ def test_counted_shapes_are_those_that_a_unet_shows(size):
     inputs = random_inputs(2, height=size[1] // 4, width=size[0] // 4)
     time = unet.embed(inputs.timesteps, inputs.pooled, inputs.time_ids)
     rows = plain_rows(unet.layout, 2)
-    unet(inputs.latents, time, unet.project_text(inputs.text), None, rows, features=features)
+    unet(inputs.latents, time, unet.project_text(inputs.text), None, rows, recorder=features)
     assert shapes.latents == tuple(inputs.latents.shape[1:])
     assert [tuple(features.layers[i][1].shape[1:]) for i in range(len(shapes.layers))] == [*map(tuple, shapes.layers)]
     assert [features.norms[i][0].shape[1] for i in range(len(features.norms))] == list(shapes.groups)

@@ -18,7 +18,7 @@ from stylefast.kernels.guided_step import operation as guided_step
 from stylefast.models.control_net import ControlRows, residuals_of
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter
-from stylefast.models.row_features import RowFeatures
+from stylefast.models.row_features import Recorder
 from stylefast.models.row_loras import RowLoras
 from stylefast.models.row_table import ImageKV, KeyValue, StylePages
 from stylefast.models.unet import UNet
@@ -117,13 +117,15 @@ def run_step(
     state: LatentSlots,
     columns: StepColumns,
     buffers: ModelInputs,
-    features: RowFeatures | None = None,
+    recorder: Recorder | None = None,
 ) -> None:
     """Advance the pictures in `columns.slot` by one step, in place.
 
     The model sees every row's picture at its noise level; guidance and the sampler's update combine the rows of a
-    picture. Nothing here waits for the device. `features` collects the rows' features as references.
+    picture. Nothing here waits for the device. `recorder` records it.
     """
+    if recorder is not None:
+        recorder.keep_rows(columns.branch_rows)
     latents, seen = model_input(state, columns, unet.dtype)
     picture = columns.row_picture
     loras = None if buffers.loras is None else buffers.loras.of_rows(columns.table.lora, columns.table.lora_scale)
@@ -141,7 +143,7 @@ def run_step(
         buffers.pages,
         buffers.masks,
         residuals=residuals,
-        features=features,
+        recorder=recorder,
         loras=loras,
         text_lengths=buffers.text_lengths,
     )
