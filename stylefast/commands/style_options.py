@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from stylefast.errors import InvalidRequest, StyleError
 from stylefast.values import load_json, quoted, shown_path, typed_path
@@ -110,6 +111,10 @@ def _check_options(arguments: argparse.Namespace, methods: tuple[str, ...]) -> N
         raise InvalidRequest("--content-scale sets how much of --content is subtracted; give --content as well")
     if arguments.context is not None and not arguments.learned:
         raise InvalidRequest("--context applies to a learned style; give --learned as well")
+    if arguments.share is not None and arguments.towards is None:
+        raise InvalidRequest("--share says how far a learned style is turned --towards another; give that as well")
+    if arguments.towards is not None and len(arguments.learned or ()) != 1:
+        raise InvalidRequest("--towards turns one learned style towards another; give one --learned")
 
 
 def _aligned(arguments: argparse.Namespace, pictures: list[str], bank, with_scale: bool):
@@ -147,7 +152,14 @@ def _learned(arguments: argparse.Namespace, model_folder: Path) -> list:
     sources = [find_learned(text, model_folder) for text in arguments.learned or []]
     # the first style's context serves all learned styles of a prompt
     learned = style_of_option("learned")
-    return [learned(source, context=arguments.context if i == 0 else None) for i, source in enumerate(sources)]
+    between: dict[str, Any] = {}
+    if arguments.towards is not None:
+        between["towards"] = find_learned(arguments.towards, model_folder)
+    if arguments.share is not None:
+        between["share"] = arguments.share
+    return [
+        learned(source, context=arguments.context if i == 0 else None, **between) for i, source in enumerate(sources)
+    ]
 
 
 def parse_adain(text: str) -> tuple[str, ...] | dict[str, float]:

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from stylefast import values
@@ -58,6 +59,9 @@ class DreamStyler(Style):
         guidance: a StyleContextGuidance, or None for plain classifier-free guidance.
         stages: style mixing by stage, {stage: style}, each a DreamStyler, a StageEmbedding or a file, whose vectors
             replace that stage's (a style of one stage gives its only ones).
+        towards: a second style, as `embedding`, with as many vectors: those in use are turned towards its own.
+        share: how far, from 0 (not at all) to 1 (all the way), along the arc between each two vectors (slerp); their
+            lengths change linearly.
         name: the placeholder, `<name>` in prompts; None: the embedding's own name.
         template: applied to prompts that contain neither `{style}` nor `<name>`; without `{style}` in it, such prompts
             raise PromptError. Not used for a style that the negative prompt names.
@@ -79,10 +83,13 @@ class DreamStyler(Style):
     context: str | None = None
     guidance: StyleContextGuidance | None = None
     stages: Mapping[int, object] | None = None
+    towards: object | None = None
+    share: float = 0.5
     name: str | None = None
     template: str = TEMPLATE
     style_prompt: str = STYLE_PROMPT
     source: str | tuple[str, ...] | None = field(init=False, default=None)
+    towards_source: str | tuple[str, ...] | None = field(init=False, default=None)
     option: ClassVar[str] = "learned"
     aliases: ClassVar[Mapping[str, str]] = {"path": "embedding"}
     served: ClassVar[Mapping[str, str]] = {"name": "embedding"}
@@ -110,6 +117,22 @@ class DreamStyler(Style):
         if not isinstance(stages, dict):
             raise StyleError(f"stages is {values.quoted(self.stages)}; it must be a dictionary, {{stage: style}}")
         object.__setattr__(self, "stages", self._mixed(stages))
+        object.__setattr__(self, "share", values.real_number("share", self.share, 0, 1, error=StyleError))
+        if self.towards is None:
+            if self.share != type(self).share:
+                raise StyleError(f"share is {self.share}, which has no effect without towards, the other style")
+            return
+        other, source = _lent(self.towards)
+        object.__setattr__(self, "towards", other)
+        object.__setattr__(self, "towards_source", source)
+        self._check_fits(other, f"{values.quoted(self.name)} can't be turned towards it")
+        for stage in range(self.stage_count):
+            own, theirs = (len(vectors) for vectors in (self._own_vectors(stage)[0], _stage_of(other, stage)[0]))
+            if own != theirs:
+                raise StyleError(
+                    f"the style {values.quoted(other.name)} has {theirs} vectors for stage {stage} and "
+                    f"{values.quoted(self.name)} {own}; only equal numbers can be turned towards each other"
+                )
 
     def _mixed(self, stages: Mapping) -> dict[int, StageEmbedding]:
         mixed = {}
@@ -121,22 +144,25 @@ class DreamStyler(Style):
                     f"stage {values.quoted(stage)} can't be replaced: the style {values.quoted(self.name)} has the "
                     f"stages 0 (last steps) to {self.stage_count - 1} (first steps), given as integers"
                 ) from None
-            other = style.learned if isinstance(style, DreamStyler) else _load(style)[0]
-            other.check_widths(self.learned.widths)
-            if other.stages not in (1, self.stage_count):
-                raise StyleError(
-                    f"the style {values.quoted(other.name)} has {other.stages} stages and can't provide stage {stage} "
-                    f"for {values.quoted(self.name)} with {self.stage_count}; mix styles with the same number of "
-                    "stages, or with one"
-                )
-            if other.pooled_policy != self.learned.pooled_policy:
-                raise StyleError(
-                    f"the style {values.quoted(other.name)} pools at {values.quoted(other.pooled_policy)}, "
-                    f"{values.quoted(self.name)} at {values.quoted(self.learned.pooled_policy)}; load one of them with "
-                    "the other's pooled_policy"
-                )
+            other, _ = _lent(style)
+            self._check_fits(other, f"can't provide stage {stage} for {values.quoted(self.name)}")
             mixed[stage] = other
         return mixed
+
+    def _check_fits(self, other: StageEmbedding, why_not: str) -> None:
+        """Raise StyleError for another style with other widths, stages or pooling."""
+        other.check_widths(self.learned.widths)
+        if other.stages not in (1, self.stage_count):
+            raise StyleError(
+                f"the style {values.quoted(other.name)} has {other.stages} stages and {why_not} with "
+                f"{self.stage_count}; mix styles with the same number of stages, or with one"
+            )
+        if other.pooled_policy != self.learned.pooled_policy:
+            raise StyleError(
+                f"the style {values.quoted(other.name)} pools at {values.quoted(other.pooled_policy)}, "
+                f"{values.quoted(self.name)} at {values.quoted(self.learned.pooled_policy)}; load one of them with "
+                "the other's pooled_policy"
+            )
 
     @property
     def learned(self) -> StageEmbedding:
@@ -151,10 +177,16 @@ class DreamStyler(Style):
 
     def stage_vectors(self, stage: int) -> tuple[Tensor, Tensor]:
         """Return a stage's vectors for encoder 1 [n, width 1] and encoder 2 [n, width 2], style mixing applied."""
+        found = self._own_vectors(stage)
+        if not isinstance(self.towards, StageEmbedding):
+            return found
+        first, second = (turned(*both, self.share) for both in zip(found, _stage_of(self.towards, stage), strict=True))
+        return first, second
+
+    def _own_vectors(self, stage: int) -> tuple[Tensor, Tensor]:
+        """Return a stage's vectors before they are turned towards another style's."""
         other = (self.stages or {}).get(stage)
-        if not isinstance(other, StageEmbedding):
-            return self.learned.stage(stage)
-        return other.stage(stage if other.stages > 1 else 0)
+        return _stage_of(other if isinstance(other, StageEmbedding) else self.learned, stage)
 
     # for the engine, see `Style`
 
@@ -204,7 +236,7 @@ class DreamStyler(Style):
         if placed:
             texts.pooling |= dict.fromkeys(written, policy)
         if placed and texts.prompt and written:
-            _stages_per_step(placed, texts.timesteps, texts.train_timesteps, texts.say)
+            _warn_of_idle(placed, texts)
             base = texts.per_step["full" if "full" in written else written[0]]
             for prompt, places in _steps_by_text(base):
                 steps = texts.timesteps[places]
@@ -214,7 +246,6 @@ class DreamStyler(Style):
                     steps,
                     written,
                     texts.train_timesteps,
-                    say=False,
                     prompt_2=prompt.text_2,
                     syntax=prompt.syntax,
                 )
@@ -222,15 +253,17 @@ class DreamStyler(Style):
                     _put(texts.per_step[branch], places, prompts)
         if negative and NULL in texts.branches:
             texts.pooling[NULL] = null_policy
-            _stages_per_step(negative, texts.timesteps, texts.train_timesteps, texts.say)
+            _warn_of_idle(negative, texts)
             for prompt, places in _steps_by_text(texts.per_step[NULL]):
-                found = negative_prompts(negative, prompt, texts.timesteps[places], texts.train_timesteps, say=False)
+                found = negative_prompts(negative, prompt, texts.timesteps[places], texts.train_timesteps)
                 _put(texts.per_step[NULL], places, found)
 
     def write_field(self, name: str, value: Any, store: Any) -> Any:
         """Return a field's value for a record; vectors by their files, if they came from some."""
         if name == "embedding":
             return store.embedding(value, self.source)
+        if name == "towards":
+            return store.embedding(value, self.towards_source)
         if name == "stages":
             # only this stage is used, so only it is stored
             return {str(stage): store.embedding(other, None, stage) for stage, other in value.items()}
@@ -241,6 +274,8 @@ class DreamStyler(Style):
         """Return a field's value from a record; vectors by file, or written out."""
         if name == "embedding":
             return sources.embedding(value)[0]
+        if name == "towards":
+            return _read_other(value, sources)
         if name == "stages":
             return _read_stages(value, sources)
         return _read_guidance(value) if name == "guidance" else super().read_field(name, value, sources)
@@ -265,11 +300,17 @@ def _read_stages(value: Any, sources: Any) -> dict[int, Any]:
         raise StyleError(f'stages is {values.quoted(value)}; it must look like {{"0": "other.safetensors"}}')
     stages = {}
     for stage, other in value.items():
-        stages[int(stage)], digest = sources.embedding(other)
-        if digest is not None:
-            lender = DreamStyler(stages[int(stage)])
-            sources.check_embedding(lender.embedding, digest, lender.source)
+        stages[int(stage)] = _read_other(other, sources)
     return stages
+
+
+def _read_other(value: Any, sources: Any) -> Any:
+    """Return another style's vectors or file. Raises StyleError if its vectors differ from those recorded."""
+    found, digest = sources.embedding(value)
+    if digest is not None:
+        lender = DreamStyler(found)
+        sources.check_embedding(lender.embedding, digest, lender.source)
+    return found
 
 
 def _read_guidance(value: Any) -> StyleContextGuidance:
@@ -405,7 +446,6 @@ def prompts_per_step(
     branches: Sequence[str] = ("full",),
     num_train_timesteps: int = 1000,
     *,
-    say: bool = True,
     prompt_2: str | None = None,
     syntax: str = "plain",
 ) -> dict[str, list[Prompt]]:
@@ -413,7 +453,7 @@ def prompts_per_step(
 
     `prompt_2`: for text encoder 2, None: the same. `syntax`: of both.
     `timesteps`: [steps], the UNet's time input. Steps of the same stages share one Prompt object per branch; the
-    context branch is one object for all steps. Logs a warning if no step visits a mixed stage, unless `say` is off.
+    context branch is one object for all steps.
     """
     texts = branch_prompts(styles, prompt, syntax)
     second: Mapping[str, str | None] = dict.fromkeys(texts, prompt_2)
@@ -424,7 +464,7 @@ def prompts_per_step(
         raise InvalidRequest(
             f"text branch {values.quoted(unknown[0])} is unknown; choose one of {', '.join(TEXT_BRANCHES)}"
         )
-    steps = _stages_per_step(styles, timesteps, num_train_timesteps, say)
+    steps = _stages_per_step(styles, timesteps, num_train_timesteps)
     made: dict[tuple, Prompt] = {}
     for branch in branches:
         for stages in steps:
@@ -440,14 +480,12 @@ def negative_prompts(
     prompt: Prompt,
     timesteps: Sequence[float] | Tensor,
     num_train_timesteps: int = 1000,
-    *,
-    say: bool = True,
 ) -> list[Prompt]:
     """Build the Prompt of the null branch at every step from one without vectors.
 
     `styles`: the styles named in the text. Steps of the same stages share one Prompt object.
     """
-    steps = _stages_per_step(styles, timesteps, num_train_timesteps, say)
+    steps = _stages_per_step(styles, timesteps, num_train_timesteps)
     made = {
         stages: replace(
             prompt, vectors={s.learned.name: s.stage_vectors(k) for s, k in zip(styles, stages, strict=True)}
@@ -458,14 +496,19 @@ def negative_prompts(
 
 
 def _stages_per_step(
-    styles: Sequence[DreamStyler], timesteps, num_train_timesteps: int, say: bool = True
+    styles: Sequence[DreamStyler], timesteps: Sequence[float] | Tensor, num_train_timesteps: int
 ) -> list[tuple[int, ...]]:
-    steps = [tuple(stage_of(t, style.stage_count, num_train_timesteps) for style in styles) for t in timesteps]
+    counts = [style.stage_count for style in styles]
+    return [tuple(stage_of(float(t), count, num_train_timesteps) for count in counts) for t in timesteps]
+
+
+def _warn_of_idle(styles: Sequence[DreamStyler], texts: Texts) -> None:
+    """Log a warning if no step that runs visits a mixed stage."""
+    steps = _stages_per_step(styles, texts.timesteps[texts.begin :], texts.train_timesteps)
     for place, style in enumerate(styles):
         idle = sorted(set(style.stages or ()) - {stages[place] for stages in steps})
-        if idle and say:
+        if idle and texts.say:
             logger.warning("no step uses stage(s) %s of the style %r; mixing them has no effect", idle, style.name)
-    return steps
 
 
 def pooled_policy_of(styles: Sequence[DreamStyler]) -> str:
@@ -484,6 +527,47 @@ def _load(source, name: str | None = None) -> tuple[StageEmbedding, str | tuple[
     embedding = load_embedding(source, name, widths=None)
     files = values.entries(source)
     return embedding, tuple(map(str, files)) if files is not None else str(source)
+
+
+def _lent(style: Any) -> tuple[StageEmbedding, str | tuple[str, ...] | None]:
+    """Return the vectors of a style that lends them to another, and their files.
+
+    Raises StyleError for settings of it that have no effect there.
+    """
+    if not isinstance(style, DreamStyler):
+        return _load(style)
+    for name in ("context", "guidance"):
+        if getattr(style, name) is not None:
+            raise StyleError(
+                f"{name}= of the style {values.quoted(style.name)} has no effect where it lends its vectors; give it "
+                "to the style that takes them, or leave it out"
+            )
+    if not style.stages and style.towards is None:
+        return style.learned, style.source
+    stages = [style.stage_vectors(stage) for stage in range(style.stage_count)]
+    if len({len(vectors) for vectors, _ in stages}) > 1:
+        raise StyleError(f"the stages of {values.quoted(style.name)} have unequal numbers of vectors; lend one of them")
+    learned, (first, second) = style.learned, (torch.stack(encoder) for encoder in zip(*stages, strict=True))
+    return StageEmbedding(learned.name, first, second, learned.pooled_policy, learned.metadata), None
+
+
+def _stage_of(style: StageEmbedding, stage: int) -> tuple[Tensor, Tensor]:
+    return style.stage(stage if style.stages > 1 else 0)
+
+
+def turned(vectors: Tensor, others: Tensor, share: float) -> Tensor:
+    """Return vectors [n, width] turned by a share of the angle between each and its other; lengths change linearly.
+
+    Vectors of no length and opposite ones have no arc between them: those move along a straight line.
+    """
+    x, y = vectors.double(), others.double()
+    length, other = x.norm(dim=-1, keepdim=True), y.norm(dim=-1, keepdim=True)
+    cosine = (x * y).sum(-1, keepdim=True) / (length * other)
+    angle = torch.arccos(cosine.clamp(-1, 1))
+    sine = torch.sin(angle)
+    direction = (torch.sin((1 - share) * angle) * x / length + torch.sin(share * angle) * y / other) / sine
+    along = direction * torch.lerp(length, other, share)
+    return torch.where(sine > 1e-6, along, torch.lerp(x, y, share)).to(vectors.dtype)
 
 
 def _check_styles(styles: Sequence[DreamStyler]) -> None:

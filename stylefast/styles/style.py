@@ -144,6 +144,7 @@ class Texts:
     prompt_2: str | None = None  # for text encoder 2; None: the same
     negative_prompt_2: str | None = None
     syntax: str = "plain"  # of all texts
+    begin: int = 0  # the first step that runs, of a picture that begins with one
     per_step: dict[str, list[Prompt]] = field(init=False)
     pooling: dict[str, str] = field(init=False)  # by branch: where the pooled state is taken
 
@@ -161,11 +162,12 @@ class Texts:
         train_timesteps: int,
         branches: Sequence[str],
         say: bool = True,
+        begin: int = 0,
     ) -> "Texts":
         """Return the texts of a request's picture, or of its reference with a `prompt` of its own."""
         second = request.prompt_2, request.negative_prompt_2
         negative = request.negative_prompt
-        return cls(prompt, negative, timesteps, train_timesteps, branches, say, *second, request.prompt_syntax)
+        return cls(prompt, negative, timesteps, train_timesteps, branches, say, *second, request.prompt_syntax, begin)
 
     @property
     def negatives(self) -> str:

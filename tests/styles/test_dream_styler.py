@@ -20,6 +20,7 @@ from stylefast.styles.dream_styler import (
     stage_of,
 )
 from stylefast.styles.embeddings import StageEmbedding, save_embedding
+from stylefast.styles.style import Texts
 from tests.support.small_text import small_text_parts
 
 
@@ -236,10 +237,13 @@ def test_a_style_of_one_stage_lends_it_anywhere():
     assert torch.equal(mixed.stage_vectors(0)[1], single.clip_g[0])
 
 
-def test_mixing_at_a_stage_that_no_step_visits_warns(caplog):
+@pytest.mark.parametrize(("begin", "warned"), [(0, [0]), (1, [0, 4]), (2, [0, 2, 4])])
+def test_mixing_at_a_stage_that_no_step_visits_warns(caplog, begin, warned):
+    style = DreamStyler(embedding(), stages={stage: embedding(seed=1) for stage in (0, 2, 4)})
+    texts = Texts("a cat", "", torch.tensor([799.0, 400.0, 200.0]), 1000, ("full",), begin=begin)
     with caplog.at_level(logging.WARNING, logger="stylefast"):
-        prompts_per_step([DreamStyler(embedding(), stages={5: embedding(seed=1)})], "a cat", [799.0, 100.0])
-    assert "stage(s) [5]" in caplog.text
+        DreamStyler.write_prompts([style], texts)
+    assert f"stage(s) {warned} of the style" in caplog.text
 
 
 @pytest.mark.parametrize(

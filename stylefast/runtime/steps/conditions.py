@@ -501,7 +501,8 @@ class ConditionStore:
         """Return the prompts of the branches in which a sample has rows. Raises PromptError or StyleError."""
         # without a style of its own, a reference uses its own prompt in all of its readers' branches
         timesteps = sample.schedule.timesteps.clamp(0, self._train_timesteps)
-        texts = Texts.of(sample.request, sample.prompt, timesteps, self._train_timesteps, sample.branches, say)
+        trained, branches = self._train_timesteps, sample.branches
+        texts = Texts.of(sample.request, sample.prompt, timesteps, trained, branches, say, sample.first)
         for kind, styles in by_kind(sample.request.styles).items():
             with asking(kind, "write_prompts"):
                 if check:
