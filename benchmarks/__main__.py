@@ -11,6 +11,7 @@ BENCHMARKS = {
     "exports": "benchmarks.exports",
     "gpu": "benchmarks.gpu",
     "kernels": "benchmarks.kernels.command",
+    "leak": "benchmarks.leak",
     "load": "benchmarks.load",
     "loras": "benchmarks.loras",
     "pictures": "benchmarks.pictures",

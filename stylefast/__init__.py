@@ -21,6 +21,7 @@ _EXPORTS = {
     "StyleAligned": "stylefast.styles.style_aligned",
     "StyleBank": "stylefast.styles.bank",
     "InstantStyle": "stylefast.styles.instant_style",
+    "CleanStyle": "stylefast.styles.clean_style",
     "DreamStyler": "stylefast.styles.dream_styler",
     "StyleContextGuidance": "stylefast.sampling.guidance",
     "outpaint": "stylefast.models.repaint",

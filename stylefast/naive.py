@@ -103,8 +103,8 @@ def plan(engine: "Engine", requests: Sequence[Request]) -> list[Sample]:
     hidden: list[Sample] = []
     for target in targets:
         style, wanted = target.reader, target.reader and target.reader.reads
-        if wanted and (wanted.bank is not None or (wanted.pictures and wanted.noise == "ddim")):
-            raise InvalidRequest("naive.py has neither style banks nor DDIM inversion; use Engine.generate")
+        if wanted and (wanted.bank is not None or wanted.calibrate or (wanted.pictures and wanted.noise == "ddim")):
+            raise InvalidRequest("naive.py has no style banks, DDIM inversion or calibration; use Engine.generate")
         if style is None or wanted is None:
             continue
         if wanted.of_call:
@@ -125,8 +125,9 @@ def plan(engine: "Engine", requests: Sequence[Request]) -> list[Sample]:
 
 def _target(engine: "Engine", request: Request) -> Sample:
     begun = request.image is not None or request.upscale > 1 or request.variation_strength
-    if begun or request.control or request.window or engine.unet.config["in_channels"] != 4:
-        raise InvalidRequest("naive.py has no pictures to begin with, control, masks or windows; use Engine.generate")
+    more = begun or request.control or request.window or any(s.varies for s in request.styles_of(ImageStyle))
+    if more or engine.unet.config["in_channels"] != 4:
+        raise InvalidRequest("naive.py has no pictures to begin with, control, masks, windows or clean styles")
     schedule = named_schedule(request.scheduler, request.steps, engine.scheduler_config, request.spacing)
     guidance = [style.context_guidance for style in request.styles if style.context_guidance is not None]
     weights = guidance_weights(request.guidance, guidance[0] if guidance else None)
@@ -180,14 +181,13 @@ def prepare(engine: "Engine", sample: Sample) -> None:
 def _image_prompt(engine: "Engine", sample: Sample, style: ImageStyle, levels: Sequence[tuple[int, int]]) -> None:
     """Add the segments of a style to the rows of a sample: pictures in conditional rows, "no picture" in the others."""
     adapter, encoder = engine.adapters[style.adapter or next(iter(engine.adapters))]
-    content = None
-    if style.content_text is not None:
-        prompt = Prompt(style.content_text, syntax=sample.request.prompt_syntax)
-        content = engine.text_encoder.encode([prompt], loras=sample.of_text)[0].pooled
+    words = [Prompt(text, syntax=sample.request.prompt_syntax) for text in [style.content_text] if text is not None]
+    content = engine.text_encoder.encode(words, loras=sample.of_text)[0].pooled if words else None
     tokens = style.tokens(adapter, encoder, content)
     negative = adapter.key_values(tokens.negative[None])
     for number, (segment, image) in enumerate(zip(style.segments, tokens.image, strict=True)):
-        layers, mask = adapter.key_values(image[None]), None
+        plain = style.vary(adapter.key_values(image[None]), number, [None], adapter.token_count)
+        layers, mask = tuple(plain[0]), None
         if segment.mask is not None:
             mask = mask_vectors(load_mask(segment.mask, (sample.size[1], sample.size[0])), levels)
         strengths = style.strengths(engine.unet.layout, NULL in sample.branches, number)

@@ -58,10 +58,15 @@ _CALL_OPTIONS = (
     "shift",
     "layers",
     "share_group_norm",
+    "mode",
+    "calibrate",
+    "weights",
     "blocks",
     "scale",
     "content",
     "content_scale",
+    "clean",
+    "clean_negative",
     "learned",
     "towards",
     "share",
@@ -222,6 +227,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group("--shift", type=float, help="aligned: added to the logits of the reference; 1 to 2 gives a stronger style")
     group("--layers", metavar="NAMES", help="aligned: all (default), or parts of layer names: up_blocks,mid_block")
     group("--share-group-norm", action="store_true", default=None, help="aligned: share group norm statistics as well")
+    group("--mode", choices=("concat", "swap"), help="aligned: swap reads the reference's tokens instead of its own")
+    group(
+        "--calibrate", type=float, metavar="SHARE", help="aligned: take the reference's colours in late steps, 0 to 1"
+    )
+    group("--weights", metavar="N,N", help="relative weights of several --style-image, in their order: 3,1")
     group(
         "--blocks",
         metavar="PRESET",
@@ -235,6 +245,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group("--content", metavar="TEXT", help="instant: what the picture shows, to be subtracted from its embedding")
     group("--content-scale", type=float, help="instant: how much of --content is subtracted (default: 0.5)")
+    group(
+        "--clean",
+        type=float,
+        metavar="STRENGTH",
+        help="instant: damp what of the picture's tokens is content (CleanStyle; the paper has 0.01)",
+    )
+    group("--clean-negative", type=float, metavar="STRENGTH", help="with --clean: of the unconditional branch (0.2)")
     group(
         "--learned",
         action="append",

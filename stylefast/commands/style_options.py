@@ -8,8 +8,8 @@ from typing import Any
 from stylefast.errors import InvalidRequest, StyleError
 from stylefast.values import load_json, quoted, shown_path, typed_path
 
-_ALIGNED = ("style_prompt", "adain", "shift", "layers", "share_group_norm")
-_INSTANT = ("blocks", "content", "content_scale")
+_ALIGNED = ("style_prompt", "adain", "shift", "layers", "share_group_norm", "mode", "calibrate")
+_INSTANT = ("blocks", "content", "content_scale", "clean", "clean_negative")
 
 
 def styles_of(arguments: argparse.Namespace, model_folder: Path) -> list:
@@ -109,6 +109,10 @@ def _check_options(arguments: argparse.Namespace, methods: tuple[str, ...]) -> N
             raise InvalidRequest(f"--{name.replace('_', '-')} has no effect here; it needs --method {wanted}{picture}")
     if arguments.content_scale is not None and arguments.content is None:
         raise InvalidRequest("--content-scale sets how much of --content is subtracted; give --content as well")
+    if arguments.clean_negative is not None and arguments.clean is None:
+        raise InvalidRequest("--clean-negative is a part of --clean; give that as well")
+    if arguments.weights is not None and len(arguments.style_image or ()) < 2:
+        raise InvalidRequest("--weights weights several reference pictures; give more than one --style-image")
     if arguments.context is not None and not arguments.learned:
         raise InvalidRequest("--context applies to a learned style; give --learned as well")
     if arguments.share is not None and arguments.towards is None:
@@ -128,6 +132,9 @@ def _aligned(arguments: argparse.Namespace, pictures: list[str], bank, with_scal
         "shift": arguments.shift,
         "layers": parse_names(arguments.layers),
         "share_group_norm": arguments.share_group_norm,
+        "mode": arguments.mode,
+        "calibrate": arguments.calibrate,
+        "weights": parse_weights(arguments.weights),
     }
     return style_of_option("aligned")(**{name: value for name, value in given.items() if value is not None})
 
@@ -140,6 +147,8 @@ def _instant(arguments: argparse.Namespace, pictures: list[str]):
         "scale": arguments.scale,
         "content": arguments.content,
         "content_scale": arguments.content_scale,
+        "clean": _clean(arguments),
+        "weights": parse_weights(arguments.weights),
     }
     given = {name: value for name, value in given.items() if value is not None}
     return style_of_option("instant")(one_or_all(pictures), **given)
@@ -160,6 +169,25 @@ def _learned(arguments: argparse.Namespace, model_folder: Path) -> list:
     return [
         learned(source, context=arguments.context if i == 0 else None, **between) for i, source in enumerate(sources)
     ]
+
+
+def _clean(arguments: argparse.Namespace) -> Any:
+    from stylefast.styles.clean_style import CleanStyle
+
+    if arguments.clean is None:
+        return None
+    given = {} if arguments.clean_negative is None else {"negative": arguments.clean_negative}
+    return CleanStyle(strength=arguments.clean, **given)
+
+
+def parse_weights(text: str | None) -> tuple[float, ...] | None:
+    """Return (3.0, 1.0) for "3,1". Raises InvalidRequest."""
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise InvalidRequest(f"--weights is {quoted(text)}; it must be numbers, e.g. 3,1") from None
 
 
 def parse_adain(text: str) -> tuple[str, ...] | dict[str, float]:

@@ -154,7 +154,7 @@ class Runner:
     def results_of(self, group: SampleGroup) -> dict[int, torch.Tensor]:
         """Return output number -> latents [channels, h, w] of the requested pictures."""
         outputs = [sample.output for sample in group.samples if sample.output is not None]
-        return dict(zip(outputs, self.shown_of(group), strict=True))
+        return dict(zip(outputs, _shown(group, self.latents[group.latent_shape].latents), strict=True))
 
     def denoised_of(self, group: SampleGroup) -> torch.Tensor:
         """Return those pictures' last noise-free estimates [shown, channels, h, w], or latents before any step."""
@@ -215,6 +215,8 @@ class Runner:
             half = len(groups) // 2
             return {**self.step(groups[:half]), **self.step(groups[half:])}
         for group in groups:
+            for calibration in group.calibrated:
+                calibration.apply(self.latents[group.latent_shape], group.step)
             group.step += 1
             for pin, place in group.repainted:
                 pin.put_back(self.latents[group.latent_shape].latents[place], group.step)

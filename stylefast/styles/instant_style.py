@@ -6,8 +6,8 @@ embedding.
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from types import NoneType
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,8 +19,10 @@ from stylefast.models.image_encoder import CROPS, ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter
 from stylefast.models.layout import LAYOUT_MODULE, STYLE_MODULE, AttentionLayout
 from stylefast.models.pictures import PictureSource, check_sources
+from stylefast.models.row_table import KeyValue
+from stylefast.styles.clean_style import CleanStyle, damped, weighted
 from stylefast.styles.image_embeds import read_image_embeds, split_image_embeds
-from stylefast.styles.style import ImageStyle
+from stylefast.styles.style import ImageStyle, checked_weights
 
 
 class Strengths(NamedTuple):
@@ -76,6 +78,9 @@ class InstantStyle(ImageStyle):
         image_embeds: the image encoder's output, instead of `image`: a tensor `[pictures, width]` (plus adapters:
             `[pictures, patches, width]`), or the result of diffusers' `prepare_ip_adapter_image_embeds`, with or
             without the embeddings of "no picture"; or a file of either.
+        weights: of several pictures without masks, relative to each other: `(3, 1)` gives the first three times the
+            effect of the second; None: all have the same.
+        clean: a `CleanStyle`, which damps what carries content rather than style; None: nothing.
 
     Raises StyleError at construction for values out of range.
 
@@ -101,6 +106,8 @@ class InstantStyle(ImageStyle):
     composition_boost: float = 0.0
     composition_scale: float | None = None
     image_embeds: torch.Tensor | str | os.PathLike | None = None
+    weights: Sequence[float] | None = None
+    clean: CleanStyle | None = None
     embeds_source: str | None = field(init=False, default=None)
     option: ClassVar[str] = "instant"
     picture_fields: ClassVar[tuple[str, ...]] = ("image", "negative_image")
@@ -143,9 +150,28 @@ class InstantStyle(ImageStyle):
             if several is not None:
                 raise StyleError(f"negative_image is a list of {len(several)}; give one picture")
             checked["negative_image"] = check_sources("negative_image", self.negative_image)
+        if self.weights is not None:
+            checked["weights"] = checked_weights(self.weights)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         self._check_counts()
+        self._check_clean()
+
+    def _check_clean(self) -> None:
+        if self.clean is None:
+            return
+        if not isinstance(self.clean, CleanStyle):
+            raise StyleError(f"clean is {values.quoted(self.clean)}; give a CleanStyle, or None")
+        if self.needs_guidance:
+            raise StyleError(
+                f"blocks={values.quoted(self.blocks)} steers away from the whole picture, which does not go together "
+                "with clean"
+            )
+        if self.clean.negative and self.negative_image is not None:
+            raise StyleError(
+                "negative_image and clean both say what the unconditional branch sees; leave one out, or give "
+                "CleanStyle(negative=0)"
+            )
 
     def _check_counts(self, embedded: int | None = None) -> None:
         # the number of pictures in embeddings is known only together with the adapter
@@ -156,8 +182,14 @@ class InstantStyle(ImageStyle):
         if scales != 1 and (not self.masks or scales != count):
             raise StyleError(
                 f"{scales} scales for {count} pictures and {len(self.masks)} masks; one scale per "
-                "picture needs one mask per picture, since unmasked pictures share a softmax"
+                "picture needs one mask per picture, since unmasked pictures share a softmax (weights= weights those)"
             )
+        if self.weights is None:
+            return
+        if self.masks:
+            raise StyleError("weights has no effect on pictures with masks; give each its own scale=")
+        if (self.image_embeds is None or embedded) and len(self.weights) != count:
+            raise StyleError(f"{len(self.weights)} weights for {count} pictures; give one for each, or none")
 
     @property
     def pictures(self) -> tuple[PictureSource, ...]:
@@ -254,6 +286,28 @@ class InstantStyle(ImageStyle):
 
     # for the engine, see `Style` and `ImageStyle`
 
+    def variants(self, steps: int) -> Sequence[Hashable]:
+        """Return what `clean` does to the pictures' tokens in each step."""
+        if self.clean is None or not self.clean.strength:
+            return (None,) * steps
+        return tuple(self.clean.at(step / steps) for step in range(steps))
+
+    @property
+    def unconditional(self) -> Hashable:
+        """Return what `clean` does to the tokens that unconditional rows see instead of "no picture"."""
+        return None if self.clean is None else self.clean.unconditional
+
+    def vary(
+        self, layers: Sequence[KeyValue | None], segment: int, variants: Sequence[Any], each: int
+    ) -> list[list[KeyValue | None]]:
+        """Return keys and values of all layers, cleaned as each variant says, and weighted."""
+        cleaned = iter(damped(layers, [variant for variant in variants if variant is not None], each))
+        found = [list(layers) if variant is None else next(cleaned) for variant in variants]
+        if self.weights is None:
+            return found
+        relative = torch.tensor(self.weights, dtype=torch.float64) * len(self.weights) / sum(self.weights)
+        return [weighted(one, relative, each) for one in found]
+
     @property
     def needs_encoder(self) -> bool:
         """Return whether pictures go through the adapter's image encoder."""
@@ -273,6 +327,8 @@ class InstantStyle(ImageStyle):
         """Return a field's value for a record; embeddings by their file, if they came from one."""
         if name == "image_embeds":
             return store.tensor(value, self.embeds_source)
+        if name == "clean":
+            return asdict(value)
         return super().write_field(name, value, store)
 
     @classmethod
@@ -282,6 +338,8 @@ class InstantStyle(ImageStyle):
             return sources.image_embeds(value)
         if name == "content" and isinstance(value, Mapping):
             return sources.tensor(value)
+        if name == "clean":
+            return _read_clean(value)
         return super().read_field(name, value, sources)
 
     def check_adapter(self, adapter: IPAdapter, text_dim: int) -> None:
@@ -330,6 +388,14 @@ class InstantStyle(ImageStyle):
         if self.negative_image is None:
             return StyleTokens(image, adapter.negative_tokens(encoder))
         return StyleTokens(image, adapter.tokens(adapter.features(encoder, [self.negative_image], self.crop))[0])
+
+
+def _read_clean(value: Any) -> CleanStyle:
+    names = [f.name for f in fields(CleanStyle)]
+    if not isinstance(value, Mapping):
+        raise StyleError(f"clean is {values.quoted(value)}; it must be a dictionary of {', '.join(names)}, or null")
+    values.check_fields("clean", value, names)
+    return CleanStyle(**value)
 
 
 def subtract_content(image_embeds: torch.Tensor, text_embeds: torch.Tensor, scale: float) -> torch.Tensor:

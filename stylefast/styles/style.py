@@ -11,7 +11,7 @@ import importlib
 import importlib.metadata
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from functools import cache
@@ -25,7 +25,7 @@ from stylefast.errors import StyleError, StyleFastError
 from stylefast.models.image_encoder import ImageEncoder
 from stylefast.models.ip_adapter import IPAdapter
 from stylefast.models.layout import AttentionLayout
-from stylefast.models.row_table import COLUMNS
+from stylefast.models.row_table import COLUMNS, KeyValue
 from stylefast.models.text import Prompt
 from stylefast.sampling.guidance import NULL, StyleContextGuidance
 from stylefast.values import quoted
@@ -57,6 +57,7 @@ class References:
     inversion_guidance: float = 1.0
     share_styles: bool = True  # whether the request's other styles apply to the reference too
     mutual: bool = False  # all pictures with the style read one another
+    calibrate: float = 0.0  # share, 0 to 1, of the first reference's colours that readers take in late steps
 
     def __post_init__(self):
         if not isinstance(self.pictures, (list, tuple)) or any(picture is None for picture in self.pictures):
@@ -65,6 +66,7 @@ class References:
             raise StyleError(f"a reference's bank is {quoted(self.bank)}; it must be a StyleBank")
         values.one_of("a reference's noise", self.noise, ("forward", "ddim"), error=StyleError)
         values.whole_number("a reference's seed", self.seed, error=StyleError)
+        values.real_number("a reference's calibrate", self.calibrate, 0, 1, error=StyleError)
 
     @property
     def of_call(self) -> bool:
@@ -82,13 +84,14 @@ class Rows:
     """Arrays [rows, ...] of one group's rows that styles write: one for each styled column of `row_table.COLUMNS`.
 
     Their dimensions are the column's, without the references. `takes_adain` and `takes_norms` [rows] bool say whether
-    a row takes AdaIN's and the group norms' page from its first reference.
+    a row takes AdaIN's and the group norms' page from its first reference. `own_shifts` [rows] holds what a row adds to
+    `self_shift` for each of its references, [references]; None: nothing.
     """
 
-    __slots__ = ("arrays",)
+    __slots__ = ("arrays", "own_shifts")
 
-    def __init__(self, arrays: Mapping[str, np.ndarray]):
-        self.arrays = arrays
+    def __init__(self, arrays: Mapping[str, np.ndarray], own_shifts: Sequence[np.ndarray | None]):
+        self.arrays, self.own_shifts = arrays, list(own_shifts)
 
     @classmethod
     def idle(cls, count: int, layers: int) -> "Rows":
@@ -100,12 +103,14 @@ class Rows:
             else:
                 own = column._replace(dims=tuple(dim for dim in column.dims if dim != "references"))
                 arrays[name] = own.filled(own.shape(sizes)).numpy()
-        return cls(arrays)
+        return cls(arrays, [None] * count)
 
     @classmethod
     def joined(cls, parts: Sequence["Rows"], order: np.ndarray) -> "Rows":
         """Return the rows of several groups as one, in the given order."""
-        return cls({name: np.concatenate([part.arrays[name] for part in parts])[order] for name in _STYLED})
+        shifts = [shift for part in parts for shift in part.own_shifts]
+        arrays = {name: np.concatenate([part.arrays[name] for part in parts])[order] for name in _STYLED}
+        return cls(arrays, [shifts[row] for row in order])
 
     def __getattr__(self, name: str) -> np.ndarray:
         if name not in _STYLED:
@@ -123,6 +128,9 @@ class Rows:
                     np.copyto(target, values[:, None], where=used)
                 else:
                     target[:] = values
+        for row, shifts in enumerate(self.own_shifts):
+            if shifts is not None:
+                table["self_shift"][row, : len(shifts)] += shifts
 
     def write_pages(self, table: Mapping[str, np.ndarray], first: np.ndarray) -> None:
         """Write the pages that rows take from their first references, `first` [rows], into the same rows."""
@@ -362,6 +370,26 @@ class ImageStyle(Style, ABC, base=True):
         """Return whether unconditional rows see tokens other than the adapter's."""
         return False
 
+    def variants(self, steps: int) -> Sequence[Hashable]:
+        """Return, for each of `steps`, what the keys and values of its pictures depend on besides the picture."""
+        return (None,) * steps
+
+    @property
+    def varies(self) -> bool:
+        """Return whether its pictures' keys and values depend on the step, or unconditional rows see them."""
+        return self.unconditional is not None or self.variants(1) != (None,)
+
+    @property
+    def unconditional(self) -> Hashable:
+        """Return the variant of its own pictures that unconditional rows see; None: they see the negative tokens."""
+        return None
+
+    def vary(
+        self, layers: Sequence[KeyValue | None], segment: int, variants: Sequence[Hashable], each: int
+    ) -> list[list[KeyValue | None]]:
+        """Return keys and values of all layers for each variant; each: tokens of one picture."""
+        return [list(layers) for _ in variants]
+
     @property
     def needs_encoder(self) -> bool:
         """Return whether pictures go through the adapter's image encoder."""
@@ -371,6 +399,16 @@ class ImageStyle(Style, ABC, base=True):
     def content_text(self) -> str | None:
         """Return words whose text embedding `tokens` takes as `content`."""
         return None
+
+
+def checked_weights(weights: Any) -> tuple[float, ...]:
+    """Return the relative weights of several pictures. Raises StyleError unless they are positive numbers."""
+    found = values.several("weights", weights, least=1, error=StyleError)
+    high = values.MAX_STRENGTH
+    checked = tuple(values.real_number(f"weights[{i}]", one, 0, high, error=StyleError) for i, one in enumerate(found))
+    if min(checked) <= 0:
+        raise StyleError(f"weights is {values.quoted(list(checked))}; all must be above 0, so leave the picture out")
+    return checked
 
 
 def kinds() -> dict[str, type[Style]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from stylefast import values
@@ -16,7 +17,7 @@ from stylefast.models.pictures import check_sources
 from stylefast.models.row_table import CONCAT, SWAP
 from stylefast.sampling.guidance import MAX_GUIDANCE
 from stylefast.styles.bank import StyleBank
-from stylefast.styles.style import ModelFacts, References, ReferenceStyle, Rows
+from stylefast.styles.style import ModelFacts, References, ReferenceStyle, Rows, checked_weights
 
 MODES = ("concat", "swap")
 NOISES = ("forward", "ddim")
@@ -28,6 +29,7 @@ _NUMBERS = {
     "shift": (-values.MAX_STRENGTH, values.MAX_STRENGTH, (-math.inf,)),
     "only_self_level": (0, 1, ()),
     "inversion_guidance": (0, MAX_GUIDANCE, ()),
+    "calibrate": (0, 1, ()),
 }
 
 
@@ -60,6 +62,10 @@ class StyleAligned(ReferenceStyle):
             request's seed).
         share_styles: whether the request's other styles apply to the reference as well.
         window: (start, end) in fractions of the steps; outside of it, rows are plain.
+        weights: of several references, relative to each other: under `(3, 1)` a token of the first counts three times
+            as much as one of the second; None: all count the same. AdaIN always follows the first.
+        calibrate: how much, 0 to 1, each latent channel takes the mean and deviation of the (first) reference in late
+            steps, so that its colours come through; a help for mode "swap" above all.
 
     Raises StyleError for values out of range.
 
@@ -89,6 +95,8 @@ class StyleAligned(ReferenceStyle):
     seed: int | None = 0
     share_styles: bool = True
     window: tuple[float, float] = (0.0, 1.0)
+    weights: Sequence[float] | None = None
+    calibrate: float = 0.0
     option: ClassVar[str] = "aligned"
     picture_fields: ClassVar[tuple[str, ...]] = ("reference",)
     served: ClassVar[Mapping[str, str]] = {"bank": "reference"}
@@ -114,7 +122,15 @@ class StyleAligned(ReferenceStyle):
             raise StyleError(
                 "mode 'swap' drops the target's own tokens, so it needs the reference's; use 'concat' instead"
             )
+        if self.weights is not None:
+            object.__setattr__(self, "weights", checked_weights(self.weights))
         self._check_reference()
+        if self.weights is not None:
+            count = len(self.references) if self.bank is None else self.bank.info.references
+            if count < 2 or len(self.weights) != count:
+                raise StyleError(
+                    f"{len(self.weights)} weights for {count or 'no'} references; give several, or no weights"
+                )
 
     def _check_reference(self):
         if isinstance(self.reference, StyleBank):
@@ -130,6 +146,13 @@ class StyleAligned(ReferenceStyle):
             raise StyleError("the reference's prompt is empty; say what it shows, or give a picture")
         if self.full_attention_share and (self.reference is not None or self.prompt is not None):
             raise StyleError("full_attention_share joins the pictures of one call; it takes no reference or prompt")
+        if self.calibrate and self.full_attention_share:
+            raise StyleError("calibrate takes the colours of a reference, which full_attention_share does not have")
+        if self.calibrate and self.bank is not None and self.bank.info.store != "latents":
+            raise StyleError(
+                "calibrate takes the colours of a reference, of which a bank of keys and values has no picture; bake "
+                "it with store='latents', or leave calibrate out"
+            )
 
     def adain_strengths(self) -> dict[str, float]:
         """Return the strength per named part; other parts are absent and count as 0."""
@@ -165,8 +188,13 @@ class StyleAligned(ReferenceStyle):
     # for the engine, see `Style` and `ReferenceStyle`
 
     def check(self, model: ModelFacts) -> None:
-        """Raise StyleError if `layers` matches none of the model's layers."""
+        """Raise StyleError if `layers` matches none of the model's layers, or the model can't calibrate colours."""
         self.layer_mask(model.layout)
+        if self.calibrate and model.trained_on_noise_levels:
+            raise StyleError(
+                "calibrate acts in a range of training timesteps, and this model "
+                f"({model.trained_on_noise_levels}) was trained on noise levels instead; leave it out"
+            )
 
     @property
     def reads(self) -> References:
@@ -180,6 +208,7 @@ class StyleAligned(ReferenceStyle):
             inversion_guidance=self.inversion_guidance,
             share_styles=self.share_styles,
             mutual=self.full_attention_share,
+            calibrate=self.calibrate,
         )
 
     def write_rows(self, rows: Rows, row: int, layout: AttentionLayout, leads: bool) -> None:
@@ -192,6 +221,9 @@ class StyleAligned(ReferenceStyle):
             return
         rows.self_scale[row], rows.self_shift[row] = self.scale, self.shift if self.share_attention else -math.inf
         rows.takes_adain[row] = True
+        if self.weights is not None:
+            # the logarithm of a weight multiplies the tokens' part in the softmax by it; equal ones change nothing
+            rows.own_shifts[row] = np.log(np.array(self.weights) * len(self.weights) / sum(self.weights))
         strengths = self.adain_strengths()
         rows.adain_strength[row] = [strengths.get(part, 0.0) for part in PARTS]
 

@@ -137,6 +137,41 @@ def test_a_learned_style_is_turned_towards_another_and_drawn_again(generate, sty
         assert code == 2 and message in err
 
 
+STYLED = {
+    "clean": (("--method", "instant", "--blocks", "all"), ("--clean", "0.5", "--clean-negative", "0.1")),
+    "weights": (("--style-image", "splash", "--method", "both"), ("--weights", "3,1")),
+    "swap": (("--method", "aligned"), ("--mode", "swap")),
+    "calibrated": (("--method", "aligned"), ("--calibrate", "0.7")),
+}
+
+
+@pytest.mark.parametrize("plain, more", STYLED.values(), ids=STYLED.keys())
+def test_styles_options_change_the_picture_and_from_draws_it_again(generate, stylefast, tmp_path, plain, more):
+    words = ("a fish", "--style-image", "blot", *plain, "--steps", "2", "--out")
+    before = generate(*words, tmp_path / "plain.png")[0]
+    found = generate(*words, tmp_path / "changed.png", *more)[0]
+    assert pixels(before) != pixels(found)
+    code, _, err = stylefast("generate", "--from", found, "--load-recorded", "--out", tmp_path / "again.png")
+    assert code == 0 and "same pixels" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--style-image", "neon", "--clean", "0.1"), "--clean has no effect here; it needs --method instant"),
+        (("--style-image", "neon", "--method", "instant", "--clean-negative", "1"), "--clean-negative is a part of"),
+        (("--style-image", "neon", "--method", "instant", "--mode", "swap"), "--mode has no effect here"),
+        (("--style-image", "neon", "--weights", "1,2"), "--weights weights several reference pictures"),
+        (("--style-image", "neon", "--style-image", "glass", "--weights", "a"), "--weights is 'a'"),
+        (("--style-image", "neon", "--style-image", "glass", "--weights", "1,2,3"), "3 weights for 2 references"),
+        (("--style-image", "neon", "--calibrate", "2"), "calibrate is 2.0"),
+    ],
+)
+def test_options_of_styles_that_make_no_sense_are_refused(stylefast, tmp_path, words, message):
+    code, out, err = stylefast("generate", "a", *words, "--out", tmp_path)
+    assert code == 2 and message in err and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("scheduler", FEW_STEP_PRESETS)
 def test_a_few_step_preset_brings_its_guidance(generate, tmp_path, scheduler):
     words = ("a cat", "--scheduler", scheduler, "--steps", FEW_STEP_PRESETS[scheduler].steps[0], "--out", tmp_path)

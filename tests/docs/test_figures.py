@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from benchmarks import banks, copies, export_sdxl, load, loras, planning
+from benchmarks import banks, copies, export_sdxl, leak, load, loras, planning
 from benchmarks.kernels.report import markdown
 from benchmarks.runtime.report import markdown as runtime_table
 from benchmarks.serving import report as serving
@@ -201,3 +201,9 @@ def test_the_servers_compared_drew_the_same_pictures_and_all_requests_ended(chec
     assert set(compared) == set(STYLES) and max(compared.values()) <= MOST_LEVELS
     assert all(entry["refused"] == 0 for *_, entry in serving.entries(results["load"]))
     assert all(results[part]["passed"] for part in ("soak", "crash", "starts"))
+
+
+def test_what_the_page_of_styles_says_of_leaks_is_that_of_the_results_file(checkout):
+    # otherwise: paste what `benchmarks.leak.markdown` makes of the file into docs/styles.md
+    page = (checkout / "docs" / "styles.md").read_text()
+    assert any(leak.markdown(content) in page for content in recorded(checkout, "leak-cpu.json"))

@@ -135,10 +135,10 @@ def test_loras_are_not_idle_in_it(with_loras):
 
 def test_what_it_leaves_out_is_refused(engine):
     inverted = sf.StyleAligned(PICTURES[0], noise="ddim")
-    with pytest.raises(InvalidRequest, match="neither style banks nor DDIM inversion"):
+    with pytest.raises(InvalidRequest, match="no style banks, DDIM inversion or calibration"):
         naive.generate(engine, [sf.Request("a cat", style=inverted, scheduler="ddim", steps=2, size=SIZE)])
     array = np.asarray(PICTURES[0].resize(SIZE))
     begun = {"image": array}, {"upscale": 1.5}, {"variation_strength": 0.1}, {"control": sf.Control(array)}
     for more in (*begun, {"window": (32, 16)}):
-        with pytest.raises(InvalidRequest, match="no pictures to begin with, control, masks or windows"):
+        with pytest.raises(InvalidRequest, match="no pictures to begin with, control, masks, windows or clean styles"):
             naive.generate(engine, [sf.Request("a cat", steps=5, size=SIZE, **more)])

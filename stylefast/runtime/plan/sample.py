@@ -24,6 +24,7 @@ from stylefast.models.pictures import PictureSource
 from stylefast.models.row_table import CONCAT, PLAIN, SWAP
 from stylefast.models.t2i_adapter import T2IAdapter
 from stylefast.runtime.loras import LoraUse
+from stylefast.runtime.plan.calibration import Calibration, calibrated_steps
 from stylefast.runtime.plan.control import Control
 from stylefast.runtime.plan.request import Request, check_size
 from stylefast.runtime.plan.windows import Windows, window_count
@@ -370,6 +371,7 @@ class SampleGroup:
         self._windowed = [i for i, sample in enumerate(samples) if sample.window_of is not None]
         self.windows = windows_of(samples[self._windowed[0]], latent_shape) if self._windowed else None
         self.step = self.first = min(sample.first for sample in samples)
+        self._calibrating = [self._calibrates(sample) for sample in samples]
         self.put(np.zeros(0, dtype=np.int64), torch.device("cpu"))
         # of an inversion, all latents [channels, h, w] that it has passed, the first before any step
         self.trail = [samples[0].start] if samples[0].start is not None else None
@@ -415,10 +417,31 @@ class SampleGroup:
             for sample, slot in zip(self.samples, slots, strict=False)
             if sample.request.mask is not None
         ]
+        # of pictures that take colours of a reference
+        entries = enumerate(self._calibrating) if len(slots) else ()
+        self.calibrated = [self._calibration(place, *entry) for place, entry in entries if entry is not None]
         self.places = torch.from_numpy(slots).to(device)
         if self.windows is not None and len(slots):
             self.window_places = self.places[self._windowed]
         self.shown = torch.from_numpy(slots[np.array(asked, dtype=bool)]).to(device)
+
+    def _calibrates(self, sample: Sample) -> tuple[Sample, dict[int, float]] | None:
+        """Return the reference whose colours a sample takes, and in which steps."""
+        if sample.reader is None or not sample.reader.reads.calibrate or not sample.references:
+            return None
+        running = [step for step in range(sample.first, sample.schedule.steps) if sample.shares(step)]
+        return sample.references[0], calibrated_steps(sample.schedule, running)
+
+    def _calibration(self, place: int, reference: Sample, steps: dict[int, float]) -> Calibration:
+        reader, pin = self.samples[place].reader, self.pins.get(reference)
+        assert reader is not None
+        if pin is not None and reference.pinned:
+            colours: int | torch.Tensor = getattr(
+                pin, "clean", pin(self.steps)
+            )  # of a picture, or after a bank's steps
+        else:
+            colours = int(self.slots[self.samples.index(reference)])
+        return Calibration(int(self.slots[place]), colours, reader.reads.calibrate, steps)
 
     @property
     def shown_shape(self) -> tuple[int, int, int]:

@@ -46,7 +46,7 @@ CONDITIONAL_BRANCHES = ("full", "style")  # branches that see the style's pictur
 class ImageSegment:
     """One image segment of a row: its tokens, where it acts and how strongly."""
 
-    page: int
+    pages: np.ndarray  # [steps] int64
     mask: int  # -1: everywhere
     strength: np.ndarray  # [modules] float32
     style: ImageStyle  # determines the steps at which the segment acts
@@ -340,9 +340,11 @@ class ConditionStore:
                     made.brought[lora] = replace(made.loras[lora], down=down, up=up)
             yield from self._encode_texts(samples, made)
             yield from self._encode_controls(samples, made)
-            pictured = dict.fromkeys((s, self._content(s, sample)) for sample in samples for s in _pictured(sample))
-            for style, content in pictured:
-                yield from self._encode_pictures(style, content, made)
+            pictured = dict.fromkeys(
+                (s, self._content(s, sample), sample.schedule.steps) for sample in samples for s in _pictured(sample)
+            )
+            for style, content, steps in pictured:
+                yield from self._encode_pictures(style, content, steps, made)
                 yield from self._read_masks(style, samples[0].size, latent_size, made)
         except BaseException:
             self.drop(made)
@@ -556,21 +558,21 @@ class ConditionStore:
             return None
         return _Content(sample.request.prompt_syntax, self._revision(), tuple(use for use in sample.loras if use.text))
 
-    def _encode_pictures(self, style: ImageStyle, content: "_Content | None", made: Encoded) -> Making:
+    def _encode_pictures(self, style: ImageStyle, content: "_Content | None", steps: int, made: Encoded) -> Making:
         adapter, encoder = self._adapter(style)
-        keys = _image_keys(style, content, adapter)
+        keys = _image_keys(style, content, adapter, steps)
         pages = [self._image_page(key) for key in keys]
         made.held_images += [page for page in pages if page is not None]
         if None not in pages:
             return
         loras = [] if content is None else [(made.loras[use.lora].text, use.text) for use in content.loras]
-        tokens, projected = yield partial(self._image_states, style, content, loras, adapter, encoder)
-        for key, one, layers, page in zip(keys, tokens, projected, pages):
-            if page is None:
-                images = self.make_image_pages(len(one))
-                page = images.find(key)
-                with torch.inference_mode():
-                    made.held_images.append(images.add([key], layers)[0] if page is None else page)
+        missing = [key for key, page in zip(keys, pages, strict=True) if page is None]
+        projected = yield partial(self._image_states, style, content, loras, adapter, encoder, missing)
+        for key, layers in zip(missing, projected, strict=True):
+            images = self.make_image_pages(_tokens_of(layers))
+            page = images.find(key)
+            with torch.inference_mode():
+                made.held_images.append(images.add([key], layers)[0] if page is None else page)
 
     @torch.inference_mode()
     def _image_states(
@@ -580,8 +582,9 @@ class ConditionStore:
         loras: TextLoras,
         adapter: IPAdapter,
         encoder: ImageEncoder,
-    ) -> tuple[list, list]:
-        """Return tokens of a style's segments and of its negative, and keys and values of each."""
+        keys: Sequence["_ImageKey"],
+    ) -> list[list[KeyValue | None]]:
+        """Return the keys and values per layer that each of a style's `keys` stands for."""
         embedding = None
         if content is not None and style.content_text is not None:
             prompt = Prompt(style.content_text, syntax=content.syntax)
@@ -592,8 +595,16 @@ class ConditionStore:
                 f"the style {type(style).__name__} gives tokens of {len(found.image)} pictures for "
                 f"{len(style.segments)} segments"
             )
-        tokens = [*found.image, found.negative]
-        return tokens, [adapter.key_values(one[None]) for one in tokens]
+        made: dict[_ImageKey, list[KeyValue | None]] = {}
+        for segment in dict.fromkeys(key.segment for key in keys):
+            same = [key for key in keys if key.segment == segment]
+            if segment == _NEGATIVE:
+                made[same[0]] = list(adapter.key_values(found.negative[None]))
+                continue
+            layers = adapter.key_values(found.image[segment][None])
+            varied = style.vary(layers, segment, [key.variant for key in same], adapter.token_count)
+            made |= zip(same, varied, strict=True)
+        return [made[key] for key in keys]
 
     def _read_masks(
         self, style: ImageStyle, size: tuple[int, int], latent_size: tuple[int, int], made: Encoded
@@ -607,24 +618,29 @@ class ConditionStore:
         """Return the image segments of one row, without those of strength 0 in every module."""
         found = []
         for style in _pictured(sample):
-            keys = _image_keys(style, self._content(style, sample), self._adapter(style)[0])
-            pages = [self._image_page(key) for key in keys]
-            held = [page for page in pages if page is not None]
-            conditions.held_images += held
-            if None in pages:
+            steps = sample.schedule.steps
+            keys = _image_keys(style, self._content(style, sample), self._adapter(style)[0], steps)
+            pages = {(key.segment, key.variant): self._image_page(key) for key in keys}
+            conditions.held_images += [page for page in pages.values() if page is not None]
+            if None in pages.values():
                 raise StyleError("the style's adapter was reloaded while the request joined; send the request again")
-            *image_pages, negative = held
-            masks = [self._mask(style, i, conditions, made) for i in range(len(style.segments))]
-            guided = NULL in sample.branches
-            for i, (page, mask) in enumerate(zip(image_pages, masks, strict=True)):
-                strengths = self._strengths(style, guided, i)
+            variants, unconditional, guided = style.variants(steps), style.unconditional, NULL in sample.branches
+            for i in range(len(style.segments)):
+                mask, strengths = self._mask(style, i, conditions, made), self._strengths(style, guided, i)
+                of_step = [(i, variant) for variant in variants]
+                without = (_NEGATIVE, None) if unconditional is None else (i, unconditional)
                 if branch in CONDITIONAL_BRANCHES:
-                    entries = [(page, strengths.conditional)]
+                    entries = [(of_step, strengths.conditional)]
                 else:
-                    entries = [(page, strengths.unconditional_image), (negative, strengths.unconditional_negative)]
+                    entries = [
+                        (of_step, strengths.unconditional_image),
+                        ([without] * steps, strengths.unconditional_negative),
+                    ]
                 found += [
-                    ImageSegment(p, mask, strength.float().numpy(), style)
-                    for p, strength in entries
+                    ImageSegment(
+                        np.array([pages[key] for key in read], dtype=np.int64), mask, strength.float().numpy(), style
+                    )
+                    for read, strength in entries
                     if bool(strength.any())
                 ]
         return found
@@ -720,12 +736,34 @@ def _read_mask(
     return mask_vectors(load_mask(mask, size), levels)
 
 
-def _image_keys(style: ImageStyle, content: _Content | None, adapter: IPAdapter) -> list[tuple]:
-    """Return the page keys of a style's segments, followed by that of its negative tokens."""
-    words = None if content is None else content.key
-    # the style object itself is part of the key, which keeps it alive as long as its pages
-    keys = [(adapter, style, words, i) for i in range(len(style.segments))]
-    return [*keys, (adapter, *((style, words) if style.own_negative else (None, None)), -1)]
+_NEGATIVE = -1  # stands for a segment: the tokens of unconditional rows
+
+
+class _ImageKey(NamedTuple):
+    """What determines the keys and values of a page of images."""
+
+    adapter: IPAdapter
+    style: ImageStyle | None  # which the key keeps alive as long as its pages; None: the adapter's own tokens
+    words: tuple | None
+    segment: int
+    variant: Hashable  # of the style
+
+
+def _image_keys(style: ImageStyle, content: _Content | None, adapter: IPAdapter, steps: int) -> list[_ImageKey]:
+    """Return the page keys of a style's segments in their variants, and of what unconditional rows see."""
+    words, variants = None if content is None else content.key, list(dict.fromkeys(style.variants(steps)))
+    segments = range(len(style.segments))
+    if style.unconditional is not None:
+        variants = list(dict.fromkeys([*variants, style.unconditional]))
+    keys = [_ImageKey(adapter, style, words, i, variant) for i in segments for variant in variants]
+    if style.unconditional is not None:
+        return keys
+    own = style.own_negative
+    return [*keys, _ImageKey(adapter, style if own else None, words if own else None, _NEGATIVE, None)]
+
+
+def _tokens_of(layers: Sequence[KeyValue | None]) -> int:
+    return next(pair for pair in layers if pair is not None)[0].shape[1]
 
 
 def _pictured(sample: Sample) -> list[ImageStyle]:

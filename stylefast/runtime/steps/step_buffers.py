@@ -169,11 +169,14 @@ class StepBuffers:
         order = plan.order
         arrays["row_picture"][:count] = plan.picture[order]
         plan.columns.write(arrays, plan.width[order])
-        segments = [row for group_rows in all_rows for row in group_rows.segments]
+        segments = [(row, g) for g, group_rows in zip(groups, all_rows) for row in group_rows.segments]
         for row, source in enumerate(order):
-            for i, segment in enumerate(segments[source]):
-                arrays["image_page"][row, i], arrays["image_mask"][row, i] = segment.page, segment.mask
+            found, group = segments[source]
+            for i, segment in enumerate(found):
+                arrays["image_page"][row, i], arrays["image_mask"][row, i] = segment.pages[group.step], segment.mask
                 arrays["image_strength"][row, i] = segment.strength
+                if (segment.pages != segment.pages[0]).any():
+                    plan.varying.append((row, i, segment.pages, group))
         loras = [row for group_rows in all_rows for row in group_rows.loras]
         for row, source in enumerate(order):
             for i, (place, strength) in enumerate(loras[source]):
@@ -200,6 +203,8 @@ class StepBuffers:
             start += g.pictures
         text = [group_rows.text_page[g.step] for g, group_rows in zip(groups, all_rows)]
         arrays["text_page"][:count] = np.concatenate(text)[plan.order]
+        for row, i, image_pages, group in plan.varying:
+            arrays["image_page"][row, i] = image_pages[group.step]
         if self.shape.references:
             page = plan.self_page
             if plan.bank_places.size:
@@ -244,6 +249,8 @@ class _Plan:
 
     def __init__(self, groups: Sequence[SampleGroup], all_rows: Sequence[GroupRows], shape: BatchShape):
         self.groups, self.all_rows = list(groups), list(all_rows)
+        # (row, segment, pages [steps], group) of image segments whose page depends on the step
+        self.varying: list[tuple[int, int, np.ndarray, SampleGroup]] = []
         self.rows, self.pictures = sum(rows.rows for rows in all_rows), sum(g.pictures for g in groups)
         starts = np.cumsum([0, *(g.pictures for g in groups)])
         self.picture = np.concatenate([group_rows.picture + start for group_rows, start in zip(all_rows, starts)])

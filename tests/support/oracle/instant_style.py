@@ -5,6 +5,7 @@ diffusers' own code. The second half is what diffusers can't express: strengths,
 to row, as the users' "precise" presets need.
 """
 
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -78,6 +79,8 @@ class Segment:
     tokens: torch.Tensor  # [rows, tokens, cross_dim]
     strengths: dict[str, torch.Tensor]  # attention module -> [rows]; a module left out has no image branch
     mask: torch.Tensor | None = None  # [height, width] in [0, 1]
+    # changes the keys ("k") or values ("v") [rows, tokens, channels] of a layer
+    change: Callable[[str, torch.Tensor], torch.Tensor] = lambda part, states: states
 
 
 class RowCrossAttention:
@@ -95,7 +98,7 @@ class RowCrossAttention:
             key, value = (segment.adapter["ip_adapter"][f"{self.number}.to_{part}_ip.weight"] for part in "kv")
             # in fp64, if the UNet is: the same numbers, exactly
             tokens, key, value = (x.to(query.dtype) for x in (segment.tokens, key, value))
-            image = _attend(query, tokens @ key.T, tokens @ value.T)
+            image = _attend(query, segment.change("k", tokens @ key.T), segment.change("v", tokens @ value.T))
             if segment.mask is not None:
                 image = image * IPAdapterMaskProcessor.downsample(segment.mask[None], *image.shape)
             out = out + segment.strengths[self.module][:, None, None] * image
