@@ -147,6 +147,8 @@ def plan(model_folder: Path, steps: int) -> tuple[Chapter, ...]:
         _begun_chapter(references[0], references[-1], steps),
         *_control_chapters(list(shipped(model_folder, "control")), references),
         _wide_chapter(references[0], _native_side(model_folder)),
+        _inside_chapter(references, _native_side(model_folder)),
+        _clean_chapter(references),
         *_lora_chapters(list(shipped(model_folder, "loras"))),
     )
 
@@ -302,6 +304,46 @@ def _wide_chapter(style: str, side: int) -> Chapter:
     return Chapter("Panoramas", text, calls)
 
 
+def _inside_chapter(references: Sequence[str], side: int) -> Chapter:
+    words = ("--seed", "154", *ALIGNED, "--method", "both", "--explain", f"{side // 4},{side // 2}")
+    calls = tuple(
+        Call(f"inside-{name}", f"a fish in the style of {name}", ("a fish", *words, "--style-image", name), name)
+        for name in references[:2]
+    )
+    text = (
+        "Which part of its own picture and of the reference does the marked point read, and where does the picture "
+        "prompt act? Bright is much. Each command writes a page with every step and block beside its picture."
+    )
+    return Chapter("A look inside", text, calls)
+
+
+def _clean_chapter(references: Sequence[str]) -> Chapter:
+    prompts = ("a house", "a flower", "a rocket", "--seed", "70")
+    strong = ("--method", "instant", "--blocks", "all", "--scale", "2")
+    calls = []
+    for name in references[:2]:
+        start = (*prompts, "--style-image", name)
+        calls += [
+            Call(f"leaking-{name}", f"{name} as a strong picture prompt in all blocks", (*start, *strong), name),
+            Call(
+                f"clean-{name}",
+                "the same, cleaned of content",
+                (*start, *strong, "--clean", "0.2", "--clean-negative", "0"),
+                name,
+            ),
+        ]
+    swap = (*prompts, "--style-image", references[0], "--mode", "swap", "--layers", "up_blocks")
+    calls += [
+        Call("swap", f"aligned to {references[0]}, reading its tokens instead of their own", swap, references[0]),
+        Call("calibrated", "the same with its colours", (*swap, "--calibrate", "1"), references[0]),
+    ]
+    text = (
+        "A strong picture prompt brings the reference's object along. CleanStyle damps what of the picture's tokens is "
+        "content. Swap mode keeps the prompt's shapes; calibration brings the reference's colours back."
+    )
+    return Chapter("Style apart from content", text, tuple(calls))
+
+
 def _control_chapters(networks: Sequence[str], references: Sequence[str]) -> tuple[Chapter, ...]:
     """Return the chapter of lines that pictures follow; none for a model without a network for edges."""
     if "edges" not in networks:
@@ -386,13 +428,12 @@ def command_of(call: Call, choice: ModelChoice, steps: int, folder: str) -> list
     return ["stylefast", "generate", *words, "--no-grid", *choice.words(), "--out", folder]
 
 
-def _requests_of(call: Call, steps: int, folder: Path, choice: ModelChoice, parser: argparse.ArgumentParser) -> list:
+def _requests_of(call: Call, parsed: argparse.Namespace, folder: Path, choice: ModelChoice) -> list:
     """Return a call's requests; for those with LoRAs of their own, write the file that `command_of` names."""
     from dataclasses import replace
 
     from stylefast.record import to_record
 
-    parsed = parser.parse_args([*_words(call, folder), "--steps", str(steps)])
     requests = generate.requests_of(parsed, choice.folder)
     if call.loras:
         requests = [replace(request, loras=loras) for request in requests for loras in call.loras]
@@ -438,7 +479,8 @@ def _make_all(chapters: Sequence[Chapter], engine, choice, arguments: argparse.N
             for call in chapter.calls:
                 bar.set_description(call.name)
                 command = command_of(call, choice, arguments.steps, str(Path(arguments.out) / call.name))
-                requests = _requests_of(call, arguments.steps, folder, choice, parser)
+                parsed = parser.parse_args([*_words(call, folder), "--steps", str(arguments.steps)])
+                requests = _requests_of(call, parsed, folder, choice)
                 destination = Destination(folder / call.name, [request.prompt for request in requests])
                 result = generate.make(engine, requests, quiet=True)
                 paths = generate.save(destination, result, loaded, grid=False, show=False)
@@ -446,6 +488,8 @@ def _make_all(chapters: Sequence[Chapter], engine, choice, arguments: argparse.N
                     presentation.Figure(f"{call.name}/{path.name}", _caption(request))
                     for path, request in zip(paths, requests, strict=True)
                 ]
+                if parsed.explain is not None:
+                    figures = _explained(engine, requests[0], parsed, paths[0], call.name)
                 if call.reference is not None:
                     copy = _copy_reference(Path(find_picture(call.reference, choice.folder)), folder)
                     figures.insert(0, presentation.Figure(copy, f"reference: {call.reference}", is_reference=True))
@@ -465,6 +509,23 @@ def _make_all(chapters: Sequence[Chapter], engine, choice, arguments: argparse.N
     (folder / PAGE).write_text(page, encoding="utf-8")
     whole = presentation.labelled_sheet(sheet, scale=2 if size[0] <= 256 else 1)
     (folder / SHEET).write_bytes(MARKED.encode(whole, "png"))
+
+
+def _explained(engine, request, parsed: argparse.Namespace, picture: Path, name: str) -> list:
+    """Write the page that explains a picture; return the figures that the demo shows of it."""
+    from stylefast.commands.explaining import write_page
+    from stylefast.presentation import Figure
+
+    page, found = write_page(engine, request, parsed, picture)
+    folder = f"{name}/{page.parent.name}"
+    read = f"{found.reference_map().sum():.0%} of what the point reads"
+    own = f"{found.own_map().sum():.0%} of what the point reads"
+    return [
+        Figure(f"{folder}/picture.png", f"{request.prompt}, and the point"),
+        Figure(f"{folder}/own.png", f"its own picture: {own}"),
+        Figure(f"{folder}/reference-1.png", f"the reference: {read}"),
+        Figure(f"{folder}/image-prompt.png", "where the picture prompt acts"),
+    ]
 
 
 def _copy_reference(picture: Path, folder: Path) -> str:

@@ -12,6 +12,7 @@ from stylefast.values import quoted
 
 if TYPE_CHECKING:
     from stylefast.engine import Engine
+    from stylefast.explanation import Explanation
     from stylefast.runtime.plan.request import Request
 
 _POINT = re.compile(r"\s*(\d{1,5})\s*,\s*(\d{1,5})\s*", re.ASCII)
@@ -60,10 +61,22 @@ def check_place(engine: "Engine", request: "Request", arguments: argparse.Namesp
 
 
 def explain(engine: "Engine", request: "Request", arguments: argparse.Namespace, picture: Path) -> None:
-    """Write the page beside a picture, in a folder of its name, and print its path. Raises what `explain` raises."""
-    point = _POINT.fullmatch(arguments.explain or "")
-    if point is None:
+    """Write the page beside a picture, if one is wanted, and print its path. Raises what `Engine.explain` raises."""
+    if arguments.explain is None:
         return
+    page, found = write_page(engine, request, arguments, picture)
+    print(page)
+    if not arguments.quiet and found.shared:
+        shares = ", ".join(f"{found.reference_map(i).sum():.0%}" for i in range(len(found.references)))
+        print(f"the point reads {shares} of its references, {found.own_map().sum():.0%} of itself", file=sys.stderr)
+
+
+def write_page(
+    engine: "Engine", request: "Request", arguments: argparse.Namespace, picture: Path
+) -> tuple[Path, "Explanation"]:
+    """Write the page into a folder beside a picture, named after it; return its path, and what it shows."""
+    point = _POINT.fullmatch(arguments.explain)
+    assert point is not None
     layers, steps = arguments.explain_layers, arguments.explain_steps
     found = engine.explain(
         request,
@@ -71,8 +84,4 @@ def explain(engine: "Engine", request: "Request", arguments: argparse.Namespace,
         layers="all" if layers in (None, "all") else layers.split(","),
         steps=None if steps is None else [int(step) for step in steps.split(",")],
     )
-    page = found.save(picture.with_name(f"{picture.stem}-explained"), arguments.overwrite)
-    print(page)
-    if not arguments.quiet and found.shared:
-        shares = ", ".join(f"{found.reference_map(i).sum():.0%}" for i in range(len(found.references)))
-        print(f"the point reads {shares} of its references, {found.own_map().sum():.0%} of itself", file=sys.stderr)
+    return found.save(picture.with_name(f"{picture.stem}-explained"), arguments.overwrite), found
