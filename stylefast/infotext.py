@@ -230,6 +230,7 @@ def write(metadata: Mapping[str, Any]) -> str:
         "Clip skip": request["clip_skip"] + _CLIP_SKIP if request.get("clip_skip") else None,
         **{title: request[name] for name, title in _VARIATION.items() if request.get("variation_strength")},
         "Denoising strength": request["strength"] if request.get("image") else None,
+        **{f"ControlNet {i}": _control_words(control) for i, control in enumerate(request.get("control") or ())},
         "Lora hashes": ", ".join(f"{name}: {found}" for name, found in hashes.items() if found) or None,
         "Loras": ", ".join(others) or None,
         "Version": f"stylefast {metadata['stylefast']}",
@@ -240,6 +241,22 @@ def write(metadata: Mapping[str, Any]) -> str:
         lines.append(f"{NEGATIVE} {negative}")
     lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in settings.items() if value is not None))
     return "\n".join(lines)
+
+
+def _control_words(control: Mapping[str, Any]) -> str:
+    """Return a control picture's settings in the words of A1111's ControlNet extension, which had no preprocessor."""
+    start, end = control.get("window", (0, 1))
+    words = {
+        "Module": "none",
+        "Model": control.get("network"),
+        "Weight": f"{control.get('weight', 1):g}",
+        "Resize Mode": "Crop and Resize",
+        "Guidance Start": f"{start:g}",
+        "Guidance End": f"{end:g}",
+        "Control Mode": "ControlNet is more important" if control.get("guess_mode") else "Balanced",
+        "Control Type": control.get("mode"),
+    }
+    return ", ".join(f"{name}: {value}" for name, value in words.items() if value is not None)
 
 
 def sampler_name(scheduler: str) -> str:

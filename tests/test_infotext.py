@@ -306,6 +306,20 @@ def test_a_text_is_written_as_a1111_does():
     assert write(metadata(prompt="a (fish:1.2)", prompt_syntax="a1111")).startswith("a (fish:1.2)\n")
 
 
+def test_control_pictures_are_written_in_the_words_of_a1111s_extension():
+    control = [
+        {"image": {"path": "a.png"}, "network": "canny", "weight": 0.6, "window": [0.0, 0.8]},
+        {"image": {"path": "b.png"}, "network": "union, large", "weight": 1, "guess_mode": True, "mode": "depth"},
+    ]
+    last = write(metadata(control=control)).split("\n")[-1]
+    assert (
+        'ControlNet 0: "Module: none, Model: canny, Weight: 0.6, Resize Mode: Crop and Resize, Guidance Start: 0, '
+        'Guidance End: 0.8, Control Mode: Balanced"'
+    ) in last
+    assert "Control Mode: ControlNet is more important, Control Type: depth" in last
+    assert read(write(metadata(control=control))).not_taken["ControlNet 1"].startswith("Module: none, Model: union, large")
+
+
 def test_loras_are_written_with_the_hashes_of_their_tensors_as_a1111_does(tmp_path):
     header, tensors = b'{"__metadata__":{"a":"b"}}', b"tensors" * 300_000
     content = len(header).to_bytes(8, "little") + header + tensors
