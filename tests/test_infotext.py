@@ -317,7 +317,9 @@ def test_control_pictures_are_written_in_the_words_of_a1111s_extension():
         'Guidance End: 0.8, Control Mode: Balanced"'
     ) in last
     assert "Control Mode: ControlNet is more important, Control Type: depth" in last
-    assert read(write(metadata(control=control))).not_taken["ControlNet 1"].startswith("Module: none, Model: union, large")
+    assert (
+        read(write(metadata(control=control))).not_taken["ControlNet 1"].startswith("Module: none, Model: union, large")
+    )
 
 
 def test_loras_are_written_with_the_hashes_of_their_tensors_as_a1111_does(tmp_path):

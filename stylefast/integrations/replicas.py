@@ -10,7 +10,8 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -80,6 +81,7 @@ class EngineReplica:
         self._engine: Engine | None = None
         self._ready: asyncio.Future[Mapping[str, Any]] | None = None
         self._calls: dict[str, asyncio.Queue[News]] = {}
+        self._room = asyncio.Semaphore(pictures)
         self._counts, self._steps = Counts(), deque[tuple[float, int]](maxlen=MOST_STEPS)
         self._alive, self._moved = True, time.monotonic()
         self.waiting = 0  # requests in the queue of the service, as it last said
@@ -91,7 +93,16 @@ class EngineReplica:
         await self._ready
 
     async def run(self, message: Run | LoadStyle | BakeStyle) -> AsyncIterator[News]:
-        """Yield what becomes of a message: reports of steps, then its end. A caller that leaves cancels it."""
+        """Yield what becomes of a message: reports of steps, then its end. A caller that leaves cancels it.
+
+        Requests beyond those that it may have wait here, untaken: should it die, another replica can have them.
+        """
+        room = self._room if isinstance(message, Run) else nullcontext()
+        async with room, aclosing(self._sent(message)) as stream:
+            async for news in stream:
+                yield news
+
+    async def _sent(self, message: Run | LoadStyle | BakeStyle) -> AsyncGenerator[News, None]:
         if not self._alive or self._engine is None:
             yield Failed(message.ticket, ENGINE_LOST, "")
             return

@@ -128,6 +128,26 @@ async def test_a_replica_whose_process_dies_fails_its_calls_says_so_once_and_is_
 
 
 @in_loop
+async def test_calls_beyond_those_that_a_replica_may_have_wait_untaken():
+    replica, process, _ = await started(pictures=2)
+    first, second, third, fourth = (asyncio.ensure_future(collect(replica.run(run(name)))) for name in "abcd")
+    await settle()
+    baked = asyncio.ensure_future(collect(replica.run(LoadStyle("s", "neon"))))
+    await settle()
+    assert process.sent == [run("a"), run("b"), LoadStyle("s", "neon")]  # a style is no picture
+    third.cancel()
+    await settle()
+    process.say(done("a"))
+    assert await first == [Progress("a", 0, 0), done("a")]
+    await settle()
+    assert process.sent == [run("a"), run("b"), LoadStyle("s", "neon"), run("d")]
+    process.say(None)  # those that it has are lost, and what waits was not taken
+    waiting = asyncio.ensure_future(collect(replica.run(run("e"))))
+    assert (await second)[-1] == Failed("b", "EngineLost", "") and (await fourth)[-1] == Failed("d", "EngineLost", "")
+    assert await waiting == [Failed("e", "EngineLost", "")] and (await baked)[-1] == Failed("s", "EngineLost", "")
+
+
+@in_loop
 async def test_a_replica_that_is_closed_lost_nothing():
     replica, process, losses = await started()
     await replica.close()
