@@ -28,12 +28,8 @@ STRENGTHS = (0.01, 0.05, 0.2, 1.0)
 
 def measured(bench: Bench, name: str, make_style) -> dict:
     """Return the shares of style, content and leak in the pictures of all sets."""
-    rng = np.random.default_rng(7)
     found, shown = [], []
-    for k in range(bench.sets):
-        style, palette = STYLES[k % len(STYLES)], PALETTES[int(rng.integers(len(PALETTES)))]
-        contents = [CONTENTS[i] for i in rng.permutation(len(CONTENTS))[: TARGETS + 1]]
-        drawing = Image.fromarray(render(np.random.default_rng(1000 + k), contents[0], style, palette, 64))
+    for k, (style, _, contents, drawing) in enumerate(bench.drawings()):
         prompts = [f"a {content}" for content in contents[1:]]
         images = bench.engine.generate(prompts, make_style(drawing), seed=100 * k, **bench.settings).images
         shown += [drawing, *images]

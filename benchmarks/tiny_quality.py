@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -65,14 +66,19 @@ class Bench:
         unseen = [r for r, pair in zip(right, pairs, strict=True) if pair in HELD_OUT]
         return {**_shares(right), "held_out": _shares(unseen)}
 
-    def styled(self, name: str, make_style, *, picture: bool, count: int = TARGETS) -> dict:
-        """Measure sets of prompts that name only the content, with a reference in some style."""
+    def drawings(self, count: int = TARGETS) -> Iterator[tuple[str, str, list[str], Image.Image]]:
+        """Yield each set's style and palette, its contents, the reference's first, and the reference's drawing."""
         rng = np.random.default_rng(7)
-        right, shown = [], []
         for k in range(self.sets):
             style, palette = STYLES[k % len(STYLES)], PALETTES[int(rng.integers(len(PALETTES)))]
             contents = [CONTENTS[i] for i in rng.permutation(len(CONTENTS))[: count + 1]]
-            drawing = Image.fromarray(render(np.random.default_rng(1000 + k), contents[0], style, palette, 64))
+            drawing = render(np.random.default_rng(1000 + k), contents[0], style, palette, 64)
+            yield style, palette, contents, Image.fromarray(drawing)
+
+    def styled(self, name: str, make_style, *, picture: bool, count: int = TARGETS) -> dict:
+        """Measure sets of prompts that name only the content, with a reference in some style."""
+        right, shown = [], []
+        for k, (style, palette, contents, drawing) in enumerate(self.drawings(count)):
             prompts = [f"a {content}" for content in contents[1:]]
             reference = f"a {contents[0]} in {style} style, {palette} palette"
             shared = {"seed": 100 * k, **self.settings}

@@ -9,7 +9,7 @@ import torch
 
 import stylefast
 from stylefast import values
-from stylefast.errors import InvalidRequest
+from stylefast.errors import InvalidRequest, StyleError
 from stylefast.export.options import Source
 from stylefast.models import vae as vaes
 from stylefast.models.adapter_loading import load_adapter
@@ -448,8 +448,9 @@ class Engine:
             layers: "all", or parts of layer names, such as "up_blocks.0.attentions.1".
             steps: their numbers, from 1; None: all.
 
-        Raises StyleError for a request without references and image prompts, or layers that the model does not have,
-        InvalidRequest for anything else out of range, and errors of `generate`.
+        Raises StyleError for a request without references and image prompts, for layers that the model does not have,
+        and if no style acts in the chosen steps and layers; InvalidRequest for anything else out of range; and what
+        `generate` raises.
 
         Examples:
             >>> neon = sf.StyleAligned(engine.references()["neon"])
@@ -476,6 +477,8 @@ class Engine:
             steps=wanted,
         )
         image, references = self.scheduler.run(job)
+        if not job.shared and not job.image:
+            raise StyleError("nothing was recorded: no style of the request acts in the chosen steps and layers")
         return Explanation(
             image,
             (int(point[0]), int(point[1])),

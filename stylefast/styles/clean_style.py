@@ -76,14 +76,15 @@ def damped(layers: Sequence[KeyValue | None], dampings: Sequence[Damping], each:
     [each, heads * d] are decomposed by themselves. Computed in fp32, or in fp64 for such input.
     """
     found: list[list[KeyValue | None]] = [[] for _ in dampings]
+    if not found:
+        return found  # most styles are not cleaned, and decompositions take time
     for pair in layers:
         if pair is None:
             for one in found:
                 one.append(None)
             continue
-        matrices = torch.stack(
-            [x.flatten(-2).unflatten(1, (-1, each)) for x in pair]
-        )  # [2, 1, pictures, each, channels]
+        # [2, 1, pictures, each, channels]
+        matrices = torch.stack([x.flatten(-2).unflatten(1, (-1, each)) for x in pair])
         exact = matrices.double() if matrices.dtype == torch.float64 else matrices.float()
         left, sizes, right = torch.linalg.svd(exact, full_matrices=False)
         for one, damping in zip(found, dampings, strict=True):

@@ -13,7 +13,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,7 +25,7 @@ from stylefast.errors import InvalidRequest, PromptError, StyleError
 from stylefast.models.text import Prompt
 from stylefast.sampling.guidance import NULL, StyleContextGuidance
 from stylefast.styles.embeddings import StageEmbedding, load_embedding
-from stylefast.styles.style import ModelFacts, Style, Texts
+from stylefast.styles.style import ModelFacts, Style, Texts, read_settings
 
 logger = logging.getLogger(__name__)
 
@@ -278,7 +278,9 @@ class DreamStyler(Style):
             return _read_other(value, sources)
         if name == "stages":
             return _read_stages(value, sources)
-        return _read_guidance(value) if name == "guidance" else super().read_field(name, value, sources)
+        if name == "guidance":
+            return read_settings(name, value, StyleContextGuidance)
+        return super().read_field(name, value, sources)
 
     def check_recorded(self, entry: Mapping[str, Any], sources: Any) -> None:
         """Raise StyleError if the vectors differ from those recorded."""
@@ -311,14 +313,6 @@ def _read_other(value: Any, sources: Any) -> Any:
         lender = DreamStyler(found)
         sources.check_embedding(lender.embedding, digest, lender.source)
     return found
-
-
-def _read_guidance(value: Any) -> StyleContextGuidance:
-    names = [f.name for f in fields(StyleContextGuidance)]
-    if not isinstance(value, Mapping):
-        raise StyleError(f"guidance is {values.quoted(value)}; it must be a dictionary of {', '.join(names)}")
-    values.check_fields("guidance", value, names)
-    return StyleContextGuidance(**value)
 
 
 def _steps_by_text(prompts: Sequence[Prompt]) -> list[tuple[Prompt, list[int]]]:

@@ -7,7 +7,7 @@ embedding.
 
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from types import NoneType
 from typing import Any, ClassVar, NamedTuple
 
@@ -22,7 +22,7 @@ from stylefast.models.pictures import PictureSource, check_sources
 from stylefast.models.row_table import KeyValue
 from stylefast.styles.clean_style import CleanStyle, damped, weighted
 from stylefast.styles.image_embeds import read_image_embeds, split_image_embeds
-from stylefast.styles.style import ImageStyle, checked_weights
+from stylefast.styles.style import ImageStyle, checked_weights, read_settings
 
 
 class Strengths(NamedTuple):
@@ -339,7 +339,7 @@ class InstantStyle(ImageStyle):
         if name == "content" and isinstance(value, Mapping):
             return sources.tensor(value)
         if name == "clean":
-            return _read_clean(value)
+            return read_settings(name, value, CleanStyle)
         return super().read_field(name, value, sources)
 
     def check_adapter(self, adapter: IPAdapter, text_dim: int) -> None:
@@ -388,14 +388,6 @@ class InstantStyle(ImageStyle):
         if self.negative_image is None:
             return StyleTokens(image, adapter.negative_tokens(encoder))
         return StyleTokens(image, adapter.tokens(adapter.features(encoder, [self.negative_image], self.crop))[0])
-
-
-def _read_clean(value: Any) -> CleanStyle:
-    names = [f.name for f in fields(CleanStyle)]
-    if not isinstance(value, Mapping):
-        raise StyleError(f"clean is {values.quoted(value)}; it must be a dictionary of {', '.join(names)}, or null")
-    values.check_fields("clean", value, names)
-    return CleanStyle(**value)
 
 
 def subtract_content(image_embeds: torch.Tensor, text_embeds: torch.Tensor, scale: float) -> torch.Tensor:

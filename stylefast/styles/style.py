@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -399,6 +399,18 @@ class ImageStyle(Style, ABC, base=True):
     def content_text(self) -> str | None:
         """Return words whose text embedding `tokens` takes as `content`."""
         return None
+
+
+Settings = TypeVar("Settings")
+
+
+def read_settings(name: str, value: Any, kind: type[Settings]) -> Settings:
+    """Return a dataclass of settings from a record's dictionary of them. Raises StyleError, or what `kind` raises."""
+    names = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    if not isinstance(value, Mapping):
+        raise StyleError(f"{name} is {quoted(value)}; it must be a dictionary of {', '.join(names)}")
+    values.check_fields(name, value, names)
+    return kind(**value)
 
 
 def checked_weights(weights: Any) -> tuple[float, ...]:

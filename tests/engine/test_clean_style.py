@@ -68,6 +68,11 @@ def test_clean_tokens_equal_the_papers_equations(pipe, adapters, draw, clean, sc
     apart(found, draw("a cat in oil", sf.InstantStyle(PICTURE, scale=0.8), seed=30, steps=STEPS, scheduler=scheduler))
 
 
+def test_styles_that_are_not_cleaned_are_not_decomposed(draw, monkeypatch):
+    monkeypatch.setattr(torch.linalg, "svd", lambda *given, **named: pytest.fail("decomposed"))
+    draw("a cat", sf.InstantStyle([PICTURE, small_picture(8)], weights=(2, 1)), seed=30, steps=2)
+
+
 def test_nothing_is_damped_at_strength_0(draw, drawn):
     off = sf.CleanStyle(strength=0.0, negative=0.0)
     options = {"seed": 30, "steps": 2}
@@ -251,6 +256,15 @@ def test_colours_are_calibrated_as_in_the_published_sampler(pipe, engine, streng
     close(found, measured(calibrated, pipe, strength, "ddim", {}))
     plain = sf.StyleAligned(prompt="a star in oil", seed=9)
     apart(found, engine.generate("a cat", plain, output="latents", **options).latents)
+
+
+def test_a_picture_that_begins_below_the_range_is_calibrated_in_its_first_step(engine):
+    options = {"seed": 3, "size": SIZE, "steps": 20, "image": small_picture(5).resize(SIZE), "strength": 0.1}
+    drawn = [
+        engine.generate("a cat", sf.StyleAligned(PICTURE, calibrate=share), output="latents", **options).latents
+        for share in (0.0, 1.0)
+    ]
+    apart(*drawn)
 
 
 def means(latents):

@@ -184,6 +184,12 @@ def test_chosen_steps_and_layers_are_those_that_are_recorded(engine):
         (None, {"layers": "nowhere"}, StyleError, "layers='nowhere' matches no self-attention layer"),
         (None, {"layers": []}, StyleError, "layers is "),
         (
+            lambda: sf.Request("a", style=sf.StyleAligned(small_picture(1), window=(0.5, 1)), **OWN),
+            {"steps": [1]},
+            StyleError,
+            "nothing was recorded: no style of the request acts in the chosen steps",
+        ),
+        (
             lambda: sf.Request("a", style=sf.StyleAligned(small_picture(1)), **OWN | {"size": (96, 32)}, window=SIZE),
             {},
             InvalidRequest,

@@ -19,13 +19,13 @@ _EPS = 1e-8
 def calibrated_steps(schedule: Schedule, running: Sequence[int]) -> dict[int, float]:
     """Return the steps in which colours are calibrated, each with the share of the estimate in the next latents.
 
-    running: the steps in which the picture reads its reference. A schedule without a step in the range takes the last
-    one above it.
+    running: the steps in which the picture reads its reference. If none of them is in the range, it is the last one
+    above it; or the first, of a picture that begins with another below it.
     """
     times = schedule.timesteps.tolist()
     found = [step for step in running if _AFTER < times[step] < _UNTIL]
     if not found:
-        found = [step for step in running if times[step] >= _UNTIL][-1:]
+        found = [step for step in running if times[step] >= _UNTIL][-1:] or list(running[:1])
     return {step: float(schedule.forward[step + 1, 0]) for step in found}
 
 
